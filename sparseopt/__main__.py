@@ -1,0 +1,5 @@
+"""``python -m sparseopt`` is ``sparseopt``."""
+
+from sparseopt.cli import main
+
+main()

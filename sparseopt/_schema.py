@@ -1,0 +1,139 @@
+"""Schemas and shape-only implementations of every ``torch.ops.sparseopt`` op; nothing else.
+
+Terms used by all ops:
+
+* A *packed* mask is ``uint8[ceil(n/8)]``, little bit order (entry ``i`` is bit ``i % 8`` of byte ``i // 8``, as in
+  ``numpy.packbits(bitorder="little")``); the unused bits of the last byte are zero.
+* The *arena* order is the order of the active entries: tensor by tensor, sorted by flat index. All optimizer state is
+  flat in this order, ``N`` entries.
+* The *chunk table* ``chunks`` is ``int64[C, 6]`` with rows ``(tensor, base, start, count, index_start, shift)``: arena
+  entries ``start .. start+count`` belong to tensor ``tensor``; entry ``start + k`` is the tensor's flat element
+  ``base + indices[index_start + (k >> shift)] + (k & (2**shift - 1))``. ``shift = 0`` is one stored offset per entry;
+  larger shifts store one offset per aligned run of ``2**shift`` entries. ``indices`` is ``int32``, so that only chunks
+  span less than 2^31 elements, tensors may be of any size.
+* ``hyper`` is ``float64[G, 8]``: ``lr, beta1, beta2, eps, weight_decay, maximize, correct_bias, amsgrad`` (the last
+  three 0 or 1) per parameter group; ``groups`` is ``int32[T]``, the row of each tensor.
+* An empty tensor in ``params`` or ``grads`` stands for "no gradient this time": its entries and step are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["HYPER_COLUMNS", "MUTABLE_OPS", "NAMESPACE", "OPS", "library"]
+
+NAMESPACE = "sparseopt"
+HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "correct_bias", "amsgrad")
+
+# numel above this needs int64 flat indices.
+INT32_NUMEL = 2**31
+
+OPS = {
+    "pack_mask": "(Tensor mask) -> Tensor",
+    "unpack_mask": "(Tensor packed, SymInt numel) -> Tensor",
+    "popcount": "(Tensor packed) -> Tensor",
+    "mask_indices": "(Tensor packed, SymInt numel) -> Tensor",
+    "mask_overlap": "(Tensor a, Tensor b) -> Tensor",
+    "gather_grads_": (
+        "(Tensor(a!) compact, Tensor[] grads, Tensor indices, Tensor chunks, int tensor_offset, bool accumulate) -> ()"
+    ),
+    "sparse_adamw_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor? compact_grad, Tensor indices, Tensor chunks, Tensor groups, "
+        "Tensor hyper, Tensor(b!) steps, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)? max_exp_avg_sq, "
+        "Tensor(f!)? residual, Tensor? cohorts, Tensor? births, Tensor? multiplier, Tensor? skip) -> ()"
+    ),
+}
+MUTABLE_OPS = tuple(name for name in OPS if name.endswith("_"))
+
+library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _signature in OPS.items():
+    library.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _fake(name: str):  # type: ignore[no-untyped-def]
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
+
+
+@_fake("pack_mask")
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty(((mask.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+@_fake("unpack_mask")
+def _(packed: Tensor, numel: int) -> Tensor:
+    return packed.new_empty((numel,), dtype=torch.bool)
+
+
+@_fake("popcount")
+def _(packed: Tensor) -> Tensor:
+    return packed.new_empty((), dtype=torch.int64)
+
+
+@_fake("mask_indices")
+def _(packed: Tensor, numel: int) -> Tensor:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return packed.new_empty((count,), dtype=torch.int32 if numel <= INT32_NUMEL else torch.int64)
+
+
+@_fake("mask_overlap")
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((2,), dtype=torch.int64)
+
+
+@_fake("gather_grads_")
+def _(
+    compact: Tensor, grads: Sequence[Tensor], indices: Tensor, chunks: Tensor, tensor_offset: int, accumulate: bool
+) -> None:
+    return None
+
+
+@_fake("sparse_adamw_")
+def _(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    compact_grad: Tensor | None,
+    indices: Tensor,
+    chunks: Tensor,
+    groups: Tensor,
+    hyper: Tensor,
+    steps: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    residual: Tensor | None,
+    cohorts: Tensor | None,
+    births: Tensor | None,
+    multiplier: Tensor | None,
+    skip: Tensor | None,
+) -> None:
+    return None
+
+
+def _register_version_bumps() -> None:
+    """Kernels write raw memory, which bumps no version counter: autograd would miss the change. Bump them here, once
+    for every backend, where PyTorch does it for its own in-place ops (the ADInplaceOrView key)."""
+
+    def bump(name: str):  # type: ignore[no-untyped-def]
+        overload = getattr(torch.ops.sparseopt, name).default
+        arguments = overload._schema.arguments
+        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+        def implementation(keyset, *args):  # type: ignore[no-untyped-def]
+            for position in written:
+                argument = args[position]
+                tensors = argument if isinstance(argument, (list, tuple)) else [argument]
+                present = [t for t in tensors if t is not None]
+                if present:
+                    torch.autograd.graph.increment_version(present)
+            return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+        library.impl(name, implementation, "ADInplaceOrView", with_keyset=True)
+
+    for name in MUTABLE_OPS:
+        bump(name)
+
+
+_register_version_bumps()

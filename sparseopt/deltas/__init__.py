@@ -1,0 +1,1 @@
+"""What changed: sparse deltas between a model and its base."""

@@ -1,0 +1,210 @@
+"""The ops that people call: arguments are checked here, and errors say what was expected and what came.
+
+The ops themselves are in ``torch.ops.sparseopt`` (schemas in :mod:`sparseopt._schema`); everything here also works
+under ``torch.compile(fullgraph=True)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparseopt import _backend, _schema
+
+if TYPE_CHECKING:
+    from sparseopt.optim.plan import IndexPlan
+
+__all__ = [
+    "gather_grads_",
+    "mask_indices",
+    "mask_overlap",
+    "pack_mask",
+    "popcount",
+    "sparse_adamw_",
+    "unpack_mask",
+]
+
+_backend.load()
+_ops = torch.ops.sparseopt
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+def pack_mask(mask: Tensor) -> Tensor:
+    """Packs a bool tensor to one bit per entry.
+
+    Args:
+        mask: bool, any shape, n entries in logical (row-major) order.
+
+    Returns:
+        uint8[ceil(n/8)] on the same device, little bit order: equal to ``numpy.packbits(..., bitorder="little")``.
+        Unused bits of the last byte are zero.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"pack_mask expects a bool tensor, got {_describe(mask)}.")
+    return _ops.pack_mask(mask)
+
+
+def unpack_mask(packed: Tensor, shape: int | Sequence[int]) -> Tensor:
+    """The inverse of :func:`pack_mask`: uint8[ceil(n/8)] -> bool tensor of ``shape`` (n entries)."""
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    numel = math.prod(sizes)
+    _check_packed("unpack_mask", packed, numel)
+    return _ops.unpack_mask(packed.contiguous(), numel).view(sizes)
+
+
+def popcount(packed: Tensor) -> Tensor:
+    """Number of set bits of a uint8 tensor -> int64[] on its device."""
+    _check_packed("popcount", packed, None)
+    return _ops.popcount(packed.contiguous())
+
+
+def mask_indices(packed: Tensor, numel: int) -> Tensor:
+    """Sorted flat indices of the set bits of a packed mask of ``numel`` entries -> int32 (int64 past 2^31 entries)."""
+    _check_packed("mask_indices", packed, numel)
+    return _ops.mask_indices(packed.contiguous(), numel)
+
+
+def mask_overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Sizes of the intersection and union of two packed masks of one length -> int64[2] on their device."""
+    _check_packed("mask_overlap", a, None)
+    _check_packed("mask_overlap", b, None)
+    if a.numel() != b.numel() or a.device != b.device:
+        raise ValueError(
+            f"mask_overlap expects two masks of one length on one device, got {_describe(a)} and {_describe(b)}."
+        )
+    return _ops.mask_overlap(a.contiguous(), b.contiguous())
+
+
+# ---- gather and step -------------------------------------------------------------------------------------------------
+def gather_grads_(
+    compact: Tensor, grads: Sequence[Tensor], plan: IndexPlan, *, first_tensor: int = 0, accumulate: bool = False
+) -> None:
+    """Gathers the active entries of dense gradients into a compact buffer, in one call for all tensors.
+
+    Args:
+        compact: fp32[N] (fp64 for fp64 gradients), N = ``plan.active``; written in place. Entries of tensors without a
+            gradient are left as they are.
+        grads: gradients of the plan's tensors ``first_tensor ..``, contiguous; an empty tensor means "none".
+        plan: where the active entries are.
+        first_tensor: the plan's tensor that ``grads[0]`` belongs to.
+        accumulate: add to ``compact`` (micro-batches) instead of overwriting.
+    """
+    if not 0 <= first_tensor <= first_tensor + len(grads) <= plan.tensors:
+        raise ValueError(
+            f"gather_grads_ got gradients for tensors {first_tensor}..{first_tensor + len(grads)} of a plan of {plan.tensors}."
+        )
+    if compact.dim() != 1 or compact.numel() != plan.active or not compact.is_contiguous():
+        raise ValueError(f"compact must be a contiguous vector of {plan.active} entries, got {_describe(compact)}.")
+    _check_tensors("gradient", grads, plan, first_tensor)
+    chunks = plan.chunks
+    if len(grads) != plan.tensors:
+        chunks = chunks[plan.first_chunk[first_tensor] : plan.first_chunk[first_tensor + len(grads)]]
+    _ops.gather_grads_(compact, list(grads), plan.indices, chunks, first_tensor, accumulate)
+
+
+def sparse_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor] | Tensor,
+    plan: IndexPlan,
+    *,
+    groups: Tensor,
+    hyper: Tensor,
+    steps: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    residual: Tensor | None = None,
+    cohorts: Tensor | None = None,
+    births: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """One fused AdamW step on the active entries of all tensors; every other entry stays bit-identical.
+
+    Args:
+        params: the plan's T tensors (one dtype: fp32, bf16, fp16 or fp64; contiguous), updated in place; an empty tensor
+            means "no gradient this time": nothing of that tensor changes, its step included.
+        grads: dense gradients like ``params``, or the compact fp32[N] buffer that :func:`gather_grads_` filled.
+        plan: where the active entries are (N entries).
+        groups: int32[T], the row of ``hyper`` of each tensor.
+        hyper: float64[G, 8], columns :data:`sparseopt._schema.HYPER_COLUMNS`.
+        steps: fp32[T], steps taken so far; incremented.
+        exp_avg, exp_avg_sq: first and second moments, fp32[N] (fp64[N] for fp64 parameters).
+        max_exp_avg_sq: the same for AMSGrad; needed where a group's ``amsgrad`` is 1.
+        residual: int16[N], master weights of bf16/fp16 parameters (:func:`sparseopt.reference.join_master`).
+        cohorts, births: uint8[N] and fp32[T, K]: entry i became active when its tensor had taken
+            ``births[tensor, cohorts[i]]`` steps; without them every entry is as old as its tensor's step.
+        multiplier: fp32[], scales the gradients (clip coefficient, 1 / loss scale).
+        skip: fp32[], nonzero: nothing changes (overflow).
+    """
+    if len(params) != plan.tensors:
+        raise ValueError(f"sparse_adamw_ got {len(params)} parameters for a plan of {plan.tensors} tensors.")
+    _check_tensors("parameter", params, plan, 0)
+    dense, compact = ([], grads) if isinstance(grads, Tensor) else (list(grads), None)
+    if compact is None:
+        if len(dense) != len(params):
+            raise ValueError(f"sparse_adamw_ got {len(dense)} gradients for {len(params)} parameters.")
+        for position, (param, grad) in enumerate(zip(params, dense, strict=True)):
+            if grad.numel() != param.numel() or not grad.is_contiguous():
+                raise ValueError(
+                    f"gradient {position} must be contiguous with {param.numel()} entries, got {_describe(grad)}."
+                )
+    state_dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+    for name, buffer, dtype in (
+        ("compact gradients", compact, state_dtype),
+        ("exp_avg", exp_avg, state_dtype),
+        ("exp_avg_sq", exp_avg_sq, state_dtype),
+        ("max_exp_avg_sq", max_exp_avg_sq, state_dtype),
+        ("residual", residual, torch.int16),
+        ("cohorts", cohorts, torch.uint8),
+    ):
+        if buffer is not None and (buffer.shape != (plan.active,) or buffer.dtype != dtype or not buffer.is_contiguous()):
+            raise ValueError(f"{name} must be a contiguous {dtype}[{plan.active}], got {_describe(buffer)}.")
+    if steps.shape != (plan.tensors,) or steps.dtype != torch.float32:
+        raise ValueError(f"steps must be float32[{plan.tensors}], got {_describe(steps)}.")
+    if groups.shape != (plan.tensors,) or groups.dtype != torch.int32:
+        raise ValueError(f"groups must be int32[{plan.tensors}], got {_describe(groups)}.")
+    if hyper.dim() != 2 or hyper.shape[1] != len(_schema.HYPER_COLUMNS) or hyper.dtype != torch.float64:
+        raise ValueError(f"hyper must be float64[G, {len(_schema.HYPER_COLUMNS)}], got {_describe(hyper)}.")
+    if (cohorts is None) != (births is None):
+        raise ValueError("cohorts and births come together.")
+    if residual is not None and any(p.dtype not in (torch.bfloat16, torch.float16) for p in params):
+        raise ValueError("residual holds the master weights of bf16 and fp16 parameters only.")
+    _ops.sparse_adamw_(
+        list(params), dense, compact, plan.indices, plan.chunks, groups, hyper, steps, exp_avg, exp_avg_sq,
+        max_exp_avg_sq, residual, cohorts, births, multiplier, skip,
+    )  # fmt: skip
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{dtype}{list(value.shape)} on {value.device}"
+
+
+def _check_packed(function: str, packed: Tensor, numel: int | None) -> None:
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
+        raise TypeError(f"{function} expects a packed mask, uint8[ceil(n/8)], got {_describe(packed)}.")
+    if numel is not None and packed.numel() != (numel + 7) // 8:
+        raise ValueError(
+            f"{function} expects {(numel + 7) // 8} bytes for a mask of {numel} entries, got {packed.numel()} bytes."
+        )
+
+
+def _check_tensors(what: str, tensors: Sequence[Tensor], plan: IndexPlan, first: int) -> None:
+    dtypes = {t.dtype for t in tensors if t.numel()}
+    if len(dtypes) > 1 or not dtypes <= set(PARAMETER_DTYPES):
+        raise TypeError(f"expected {what}s of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}.")
+    for position, tensor in enumerate(tensors, first):
+        if tensor.numel() not in (0, plan.numels[position]) or not tensor.is_contiguous():
+            raise ValueError(
+                f"{what} {position} must be contiguous with {plan.numels[position]} entries, got {_describe(tensor)}."
+            )

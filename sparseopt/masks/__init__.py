@@ -1,0 +1,1 @@
+"""Which weights matter: mask sets, their files, finding, comparing and merging."""

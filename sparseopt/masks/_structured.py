@@ -1,0 +1,169 @@
+"""Selection of whole rows or columns, and random masks.
+
+Rows (index of dimension 0) and columns (index of the last dimension) are few enough to be sorted, but differ in size
+from tensor to tensor: they are taken greedily in the order of their summed scores, skipping those that no longer fit.
+In tensors of fewer than two dimensions every entry is a row and a column of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sparseopt import functional
+from sparseopt.masks._select import Picked
+
+__all__ = ["Structure", "pick_structures", "random_mask"]
+
+Bools = npt.NDArray[np.bool_]
+PIECE = 1 << 22  # score elements summed at a time
+
+
+def structure_of(shape: Sequence[int], grain: str) -> tuple[int, int]:
+    """-> (number of rows or columns, entries in each)."""
+    n = math.prod(shape)
+    if n == 0:
+        return 0, 0
+    if len(shape) < 2:
+        return n, 1
+    count = shape[0] if grain == "row" else shape[-1]
+    return count, n // count
+
+
+class Structure:
+    """One tensor's rows or columns with their summed scores (fp64)."""
+
+    def __init__(self, name: str, scores: Tensor, grain: str) -> None:
+        self.name, self.grain = name, grain
+        self.shape = tuple(scores.shape)
+        self.count, self.size = structure_of(self.shape, grain)
+        self.sums: npt.NDArray[np.float64] = _sums(scores.detach(), grain, self.count).numpy()
+        if np.isnan(self.sums).any():
+            if torch.isnan(scores).any():
+                raise ValueError(f"the scores of {name!r} contain NaN.")
+            raise ValueError(f"the scores of {name!r} hold infinities of both signs in one {grain}.")
+
+    def expand(self, chosen: Bools) -> Tensor:
+        """bool[rows or columns] -> packed mask."""
+        return _expand(torch.from_numpy(chosen), self.shape, self.grain)
+
+
+def _sums(scores: Tensor, grain: str, count: int) -> Tensor:
+    if count == 0 or scores.dim() < 2:
+        return scores.reshape(-1).to("cpu", torch.float64)
+    rows = scores.reshape(count, -1) if grain == "row" else scores.reshape(-1, count)
+    step = max(1, PIECE // rows.shape[1])
+    pieces = (rows[start : start + step] for start in range(0, rows.shape[0], step))
+    if grain == "row":
+        return torch.cat([piece.sum(1, dtype=torch.float64).cpu() for piece in pieces])
+    total = torch.zeros(count, dtype=torch.float64)
+    for piece in pieces:
+        total += piece.sum(0, dtype=torch.float64).cpu()
+    return total
+
+
+def _expand(chosen: Tensor, shape: Sequence[int], grain: str) -> Tensor:
+    if math.prod(shape) == 0 or len(shape) < 2:
+        return functional.pack_mask(chosen)
+    view = (-1,) + (1,) * (len(shape) - 1) if grain == "row" else (1,) * (len(shape) - 1) + (-1,)
+    return functional.pack_mask(chosen.view(view).expand(tuple(shape)).contiguous())
+
+
+def pick_structures(structures: Sequence[Structure], budget: int, minimum: Sequence[int]) -> list[Picked]:
+    """The best rows or columns of several tensors: at most ``budget`` entries, and nothing more would fit.
+
+    Ties go to the earlier tensor, then to the lower index. ``minimum`` is in entries, filled first.
+    """
+    chosen = [np.zeros(s.count, dtype=np.bool_) for s in structures]
+    least = [min(-(-m // s.size), s.count) if s.size else 0 for m, s in zip(minimum, structures, strict=True)]
+    if sum(k * s.size for k, s in zip(least, structures, strict=True)) > budget:
+        least = [m // s.size if s.size else 0 for m, s in zip(minimum, structures, strict=True)]
+    for structure, mask, k in zip(structures, chosen, least, strict=True):
+        mask[np.argsort(-structure.sums, kind="stable")[:k]] = True
+        budget -= k * structure.size
+
+    sums = np.concatenate([s.sums for s in structures])
+    sizes = np.concatenate([np.full(s.count, s.size, dtype=np.int64) for s in structures])
+    flat = np.concatenate(chosen)
+    order = np.argsort(-sums, kind="stable")
+    order = order[~flat[order]]
+    picked: list[npt.NDArray[np.intp]] = []
+    while True:
+        order = order[sizes[order] <= budget]
+        if not order.size:
+            break
+        fits = int(np.searchsorted(np.cumsum(sizes[order]), budget, side="right"))
+        picked.append(order[:fits])
+        budget -= int(sizes[order[:fits]].sum())
+        order = order[fits:]
+    rest = np.concatenate(picked) if picked else np.empty(0, dtype=np.intp)
+    flat[rest] = True
+    tied = np.zeros_like(flat)
+    if rest.size:
+        lowest = sums[rest].min()
+        if (sums[~flat] == lowest).any():
+            tied[rest] = sums[rest] == lowest
+
+    results = []
+    position = 0
+    for structure in structures:
+        part = slice(position, position + structure.count)
+        results.append(_picked(structure, flat[part], tied[part]))
+        position += structure.count
+    return results
+
+
+def _picked(structure: Structure, chosen: Bools, tied: Bools) -> Picked:
+    taken = structure.sums[chosen]
+    with np.errstate(invalid="ignore", over="ignore"):
+        kept, total = float(taken.sum()), float(structure.sums.sum())
+    return Picked(
+        packed=structure.expand(chosen),
+        active=int(chosen.sum()) * structure.size,
+        zeros=int((taken == 0).sum()) * structure.size,
+        ties=int(tied.sum()) * structure.size,
+        kept=kept,
+        total=total,
+        negative=bool((structure.sums < 0).any()),
+    )
+
+
+def random_mask(shape: Sequence[int], budget: int, grain: Any, generator: torch.Generator) -> Tensor:
+    """Packed mask of uniformly random entries (exactly ``budget``) or whole groups (at most ``budget`` entries)."""
+    n = math.prod(shape)
+    if isinstance(grain, str):
+        count, size = structure_of(shape, grain)
+        chosen = _draw(torch.zeros(count, dtype=torch.bool), budget // size if size else 0, generator)
+        return _expand(chosen, shape, grain)
+    items = -(-n // grain)
+    if grain == 1 and budget > n // 2:
+        return functional.pack_mask(~_draw(torch.zeros(n, dtype=torch.bool), n - budget, generator))
+    chosen = _draw(torch.zeros(items, dtype=torch.bool), budget // grain, generator)
+    if items and bool(chosen[-1]):
+        # The last group may be shorter, and leave room for one more.
+        room = budget - (int(chosen.sum()) * grain - (-n % grain))
+        chosen = _draw(chosen, min(items, int(chosen.sum()) + room // grain), generator)
+    if grain == 1:
+        return functional.pack_mask(chosen)
+    return functional.pack_mask(chosen.view(-1, 1).expand(-1, grain).reshape(-1)[:n].contiguous())
+
+
+def _draw(chosen: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Sets random entries of a bool vector until ``count`` are set: sampling without replacement, by rejection."""
+    if count > chosen.numel() // 2:
+        # Rejections pile up when little is left: permute what is left instead.
+        free = (~chosen).nonzero().view(-1)
+        missing = count - int(chosen.sum())
+        chosen[free[torch.randperm(free.numel(), generator=generator)[:missing]]] = True
+        return chosen
+    missing = count - int(chosen.sum())
+    while missing > 0:
+        chosen[torch.randint(chosen.numel(), (missing,), generator=generator)] = True
+        missing = count - int(chosen.sum())
+    return chosen

@@ -1,0 +1,210 @@
+"""Every op in plain PyTorch: the oracle of the tests, and the backend of last resort.
+
+Written for clarity; shapes and the chunk table are described in :mod:`sparseopt._schema`. Runs on any device and dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "RESIDUAL_LIMIT",
+    "arena_positions",
+    "gather_grads_",
+    "join_master",
+    "mask_indices",
+    "mask_overlap",
+    "pack_mask",
+    "popcount",
+    "sparse_adamw_",
+    "split_master",
+    "unpack_mask",
+]
+
+INT32_NUMEL = 2**31
+
+# Largest residual, in units of the last place of fp32: below half a unit in the last place of the 16-bit dtype, so that
+# rounding `join_master(p, r)` always returns p, whatever r is left over from an earlier p.
+RESIDUAL_LIMIT = {torch.bfloat16: 2**15 - 1, torch.float16: 2**12 - 1}
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+def pack_mask(mask: Tensor) -> Tensor:
+    """bool (any shape, n entries) -> uint8[ceil(n/8)]."""
+    flat = mask.reshape(-1)
+    padded = flat.new_zeros(((flat.numel() + 7) // 8) * 8)
+    padded[: flat.numel()] = flat
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (padded.view(-1, 8).to(torch.uint8) * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, numel: int) -> Tensor:
+    """uint8[ceil(n/8)] -> bool[n]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.reshape(-1, 1) >> shifts) & 1
+    return bits.view(-1)[:numel].to(torch.bool)
+
+
+def popcount(packed: Tensor) -> Tensor:
+    """uint8[...] -> int64[], the number of set bits."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.reshape(-1, 1) >> shifts) & 1).sum(dtype=torch.int64)
+
+
+def mask_indices(packed: Tensor, numel: int) -> Tensor:
+    """Packed mask of ``numel`` entries -> sorted flat indices, int32 (int64 when numel > 2^31)."""
+    dtype = torch.int32 if numel <= INT32_NUMEL else torch.int64
+    return unpack_mask(packed, numel).nonzero().view(-1).to(dtype)
+
+
+def mask_overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Two packed masks of one length -> int64[2]: sizes of the intersection and of the union."""
+    return torch.stack([popcount(a & b), popcount(a | b)])
+
+
+# ---- master weights --------------------------------------------------------------------------------------------------
+def join_master(param: Tensor, residual: Tensor) -> Tensor:
+    """16-bit weight + int16 residual -> fp32 master: the residual counts fp32 units in the last place."""
+    return (param.float().view(torch.int32) + residual.to(torch.int32)).view(torch.float32)
+
+
+def split_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """fp32 master -> (nearest weight of ``dtype``, int16 residual); exact but for ties (one fp32 unit)."""
+    param = master.to(dtype)
+    limit = RESIDUAL_LIMIT[dtype]
+    difference = master.view(torch.int32) - param.float().view(torch.int32)
+    return param, difference.clamp(-limit, limit).to(torch.int16)
+
+
+# ---- gather and step -------------------------------------------------------------------------------------------------
+def arena_positions(indices: Tensor, chunks: Tensor) -> Tensor:
+    """Flat position within its tensor of each entry of consecutive ``chunks`` rows -> int64[sum of counts]."""
+    base, count, index_start, shift = (chunks[:, c] for c in (1, 3, 4, 5))
+    row = torch.repeat_interleave(torch.arange(len(chunks), device=chunks.device), count)
+    first = torch.cumsum(count, 0) - count
+    within = torch.arange(row.numel(), device=chunks.device) - first[row]
+    run = within >> shift[row]
+    return base[row] + indices[index_start[row] + run].to(torch.int64) + (within - (run << shift[row]))
+
+
+def _chunks_by_tensor(chunks: Tensor) -> list[tuple[int, Tensor, slice]]:
+    """(tensor, its rows, its arena slice) for each tensor of the table; a tensor's rows are consecutive."""
+    result = []
+    ids, counts = torch.unique_consecutive(chunks[:, 0], return_counts=True)
+    row = 0
+    for tensor, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        rows = chunks[row : row + count]
+        start = int(rows[0, 2])
+        result.append((tensor, rows, slice(start, int(rows[-1, 2] + rows[-1, 3]))))
+        row += count
+    return result
+
+
+@torch.no_grad()
+def gather_grads_(
+    compact: Tensor, grads: Sequence[Tensor], indices: Tensor, chunks: Tensor, tensor_offset: int, accumulate: bool
+) -> None:
+    """compact[entry] (+)= grads[tensor - tensor_offset][position of the entry], in the dtype of ``compact``."""
+    for tensor, rows, entries in _chunks_by_tensor(chunks):
+        grad = grads[tensor - tensor_offset]
+        if grad.numel() == 0:
+            continue
+        values = grad.reshape(-1)[arena_positions(indices, rows)].to(compact.dtype)
+        if accumulate:
+            compact[entries] += values
+        else:
+            compact[entries] = values
+
+
+@torch.no_grad()
+def sparse_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    compact_grad: Tensor | None,
+    indices: Tensor,
+    chunks: Tensor,
+    groups: Tensor,
+    hyper: Tensor,
+    steps: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    residual: Tensor | None,
+    cohorts: Tensor | None,
+    births: Tensor | None,
+    multiplier: Tensor | None,
+    skip: Tensor | None,
+) -> None:
+    """One AdamW step (decoupled weight decay, Loshchilov & Hutter 2019) on the active entries only.
+
+    In torch's order of operations, with t the age of the entry (steps since it became active)::
+
+        w <- w * (1 - lr * weight_decay)
+        m <- m + (1 - beta1) * (g - m);   v <- beta2 * v + (1 - beta2) * g * g
+        w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    """
+    if skip is not None and bool(skip != 0):
+        return
+    for tensor, rows, entries in _chunks_by_tensor(chunks):
+        param = params[tensor]
+        if param.numel() == 0:
+            continue
+        steps[tensor] += 1
+        lr, beta1, beta2, eps, weight_decay, maximize, correct_bias, amsgrad = hyper[int(groups[tensor])].tolist()
+        positions = arena_positions(indices, rows)
+        m, v = exp_avg[entries], exp_avg_sq[entries]
+        flat = param.view(-1)
+        gradient = compact_grad[entries] if compact_grad is not None else grads[tensor].reshape(-1)[positions]
+        gradient = gradient.to(m.dtype)
+        if multiplier is not None:
+            gradient = gradient * multiplier
+        if maximize:
+            gradient = -gradient
+
+        weight = flat[positions]
+        if residual is not None:
+            weight = join_master(weight, residual[entries])
+        weight = weight.to(m.dtype) * (1 - lr * weight_decay)
+        m.lerp_(gradient, 1 - beta1)
+        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+
+        step_size, root = _bias_corrections(steps[tensor], lr, beta1, beta2, bool(correct_bias))
+        if cohorts is not None and births is not None:
+            ages = steps[tensor] - births[tensor]
+            step_size, root = _bias_corrections(ages.clamp(min=1), lr, beta1, beta2, bool(correct_bias))
+            cohort = cohorts[entries].long()
+            step_size, root = step_size[cohort], root[cohort]
+        second = v
+        if amsgrad and max_exp_avg_sq is not None:
+            second = torch.maximum(max_exp_avg_sq[entries], v)
+            max_exp_avg_sq[entries] = second
+        weight = weight - step_size.to(m.dtype) * (m / (second.sqrt() / root.to(m.dtype) + eps))
+
+        if residual is not None:
+            flat[positions], residual[entries] = split_master(weight, param.dtype)
+        else:
+            flat[positions] = weight.to(param.dtype)
+
+
+def _bias_corrections(age: Tensor, lr: float, beta1: float, beta2: float, correct: bool) -> tuple[Tensor, Tensor]:
+    """(lr / (1 - beta1^age), sqrt(1 - beta2^age)) in float64; (lr, 1) without correction."""
+    age = age.double()
+    if not correct:
+        return torch.full_like(age, lr), torch.ones_like(age)
+    return lr / (1 - beta1**age), (1 - beta2**age).sqrt()
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "pack_mask": pack_mask,
+    "unpack_mask": unpack_mask,
+    "popcount": popcount,
+    "mask_indices": mask_indices,
+    "mask_overlap": mask_overlap,
+    "gather_grads_": gather_grads_,
+    "sparse_adamw_": sparse_adamw_,
+}
