@@ -41,8 +41,8 @@ $(STAMPS)/torch-$(TORCH): | $(STAMPS)/venv
 	$(PIP) install "torch==$(TORCH)"
 	touch $@
 
-# GPU builds of torch pin their own triton: only a CPU build takes the pin of constraints.txt.
-IS_CPU_BUILD := $(BIN)/python -c 'import sys, torch; sys.exit(bool(torch.version.cuda or torch.version.hip))'
+# GPU builds of torch require their own triton: only a CPU build takes the pin of constraints.txt.
+IS_CPU_BUILD := $(BIN)/python -c 'import sys; from importlib.metadata import requires; sys.exit(any("triton" in r for r in requires("torch") or []))'
 define CONSTRAIN
 if $(IS_CPU_BUILD); then cp constraints.txt $(STAMPS)/constraints.txt; else grep -v '^triton==' constraints.txt > $(STAMPS)/constraints.txt; fi
 endef

@@ -186,7 +186,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no configuration file {str(path)!r}.")
     if path.suffix == ".toml":
         try:
-            return tomllib.loads(path.read_text())
+            return _sections(tomllib.loads(path.read_text()))
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is not valid TOML: {error}.") from error
     if path.suffix not in (".yaml", ".yml"):
@@ -201,7 +201,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold sections with keys, got a {type(content).__name__}.")
-    return {str(key): value for key, value in content.items()}
+    return _sections({str(key): value for key, value in content.items()})
+
+
+def _sections(content: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out sections whose keys are all commented out; anything else that is no section is an error."""
+    for section, keys in content.items():
+        if keys is not None and not isinstance(keys, Mapping):
+            raise ValueError(f"Section {section!r} must hold keys, got {keys!r}.")
+    return {section: keys for section, keys in content.items() if keys is not None}
 
 
 def _unknown(schema: Schema, keys: Iterable[str]) -> list[str]:
@@ -225,13 +233,8 @@ def _unknown(schema: Schema, keys: Iterable[str]) -> list[str]:
 def _checked(schema: Schema, values: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
     result = defaults(schema)
     for section, content in values.items():
-        if not isinstance(content, Mapping) or section not in schema:
-            if section in schema and content is None:  # a section whose keys are all commented out
-                continue
-            if section in schema:
-                raise ValueError(f"Section {section!r} must hold keys, got {content!r}.")
-            names = [f"{section}.{key}" for key in content] if isinstance(content, Mapping) else [str(section)]
-            _warn(_unknown(schema, names or [str(section)]))
+        if section not in schema:
+            _warn(_unknown(schema, [f"{section}.{key}" for key in content] or [str(section)]))
             continue
         for key, value in content.items():
             setting = schema[section].get(key)

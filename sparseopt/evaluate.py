@@ -79,7 +79,7 @@ def sequence_logps(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the summed log-probabilities of the chosen and of the rejected answers, each fp32 [len(pairs)] on the CPU.
+    """Returns the summed log-probabilities of chosen and of rejected answers, each fp32 [len(pairs)] on the CPU.
 
     Tokens are those of TRL's DPOTrainer. What all prompts of a batch begin with (system message, instructions) is
     computed once per batch, and logits only where answers are predicted: with a vocabulary of 49 k they would dominate.
@@ -196,7 +196,9 @@ def _answer_logps(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]
     ids, mask = _aligned([prompt + answer for prompt, answer in rows], shared, pad, model.device)
     # Token j is predicted at position j - 1: the last `keep` positions hold all that is needed and one too many.
     keep = max(len(answer) for _, answer in rows) + 1
-    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    # Asked of the class: trainers replace `forward` on the instance, and PEFT wraps the model.
+    plain: Any = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(type(plain).forward).parameters else {}
     logits = model(
         input_ids=ids[:, shared:],
         attention_mask=mask,
@@ -234,8 +236,8 @@ def _prefill(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[int, Any
     shared = min(min(map(len, prompts)) - 1, *(_shared_length(prompts[0], prompt) for prompt in prompts))
     if shared < 1:
         return 0, None
-    cache = model.base_model(input_ids=torch.tensor([prompts[0][:shared]], device=model.device), use_cache=True)
-    cache = getattr(cache, "past_key_values", None)
+    output = model.base_model(input_ids=torch.tensor([prompts[0][:shared]], device=model.device), use_cache=True)
+    cache: Any = getattr(output, "past_key_values", None)
     if not hasattr(cache, "batch_repeat_interleave"):
         return 0, None
     cache.batch_repeat_interleave(len(prompts))
@@ -261,7 +263,7 @@ def _by_length(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
-            return int(candidate)  # type: ignore[arg-type]
+            return int(candidate)
     return 0  # masked wherever it stands
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval()
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -143,7 +145,12 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     )
 
     # The Hub client's HTTP library has changed over its releases; its own error class derives from that library's base.
-    http_errors = tuple(c for c in HfHubHTTPError.__mro__ if c.__name__ in ("HTTPError", "RequestException"))
+    bases = (base for base in HfHubHTTPError.__mro__ if base.__name__ in ("HTTPError", "RequestException"))
+    unreachable: tuple[type[Exception], ...] = (
+        OSError,
+        OfflineModeIsEnabled,
+        *(base for base in bases if issubclass(base, Exception)),
+    )
     options = {} if revision is None else {"revision": revision}
     try:
         HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT)
@@ -158,7 +165,7 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
             f"Model {name!r} is neither a local folder nor on the Hugging Face Hub "
             "(private and gated models need `hf auth login`)."
         ) from error
-    except (OfflineModeIsEnabled, OSError, *http_errors) as error:
+    except unreachable as error:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             logger.info("The Hugging Face Hub cannot be reached: %s is loaded from the local cache.", name)
             return name, {**options, "local_files_only": True}
@@ -167,7 +174,7 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _one_sentence(name: str) -> Any:
+def _one_sentence(name: str) -> Iterator[None]:
     """Turns transformers' many-line OSError about missing files into one sentence."""
     try:
         yield
@@ -198,7 +205,8 @@ def _find_smollm2_gguf() -> Path:
 def _convert_once(gguf: Path) -> Path:
     """Returns the cache folder with ``gguf`` as safetensors, converting it if this is the first time.
 
-    The folder appears under its name in one rename, when complete: neither a kill nor a second process leaves half of it.
+    The folder appears under its name in one rename, when complete: neither a kill nor a second process
+    leaves half of it.
     """
     from filelock import FileLock
 

@@ -150,11 +150,13 @@ def sparse_adamw_(
     """
     if skip is not None and bool(skip != 0):
         return
+    for tensor, param in enumerate(params):
+        if param.numel():
+            steps[tensor] += 1
     for tensor, rows, entries in _chunks_by_tensor(chunks):
         param = params[tensor]
         if param.numel() == 0:
             continue
-        steps[tensor] += 1
         lr, beta1, beta2, eps, weight_decay, maximize, correct_bias, amsgrad = hyper[int(groups[tensor])].tolist()
         positions = arena_positions(indices, rows)
         m, v = exp_avg[entries], exp_avg_sq[entries]

@@ -61,7 +61,7 @@ def test_lists_null_free_form_and_interpolations(tmp_path: Path) -> None:
 
 def test_unknown_keys_of_a_file_warn_with_a_suggestion(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", "optimizer:\n  learing_rate: 1\nwandb:\n  project: x\n")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="It is ignored") as caught:
         settings = load(DPO, path)
     texts = [str(w.message) for w in caught]
     assert any("'optimizer.learing_rate': did you mean 'optimizer.learning_rate'?" in t for t in texts)

@@ -46,10 +46,15 @@ def test_resumed_work_does_not_count_for_the_rate(clock: list[float]) -> None:
 
 def test_unknown_total_and_errors(clock: list[float]) -> None:
     stream = io.StringIO()
-    with pytest.raises(KeyError), Progress("read", unit="file", stream=stream, interval=5) as progress:
-        clock[0] += 4000
-        progress.update()
-        raise KeyError
+
+    def read() -> None:
+        with Progress("read", unit="file", stream=stream, interval=5) as progress:
+            clock[0] += 4000
+            progress.update()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        read()
     assert stream.getvalue().splitlines() == [
         "read: 1 file, 4e+03 s/file",
         "read: 1 file stopped in 1:06:40, 4e+03 s/file",

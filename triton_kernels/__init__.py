@@ -5,3 +5,23 @@ if __name__ != "sparseopt.triton_kernels":
         "This folder installs as `sparseopt.triton_kernels`; the name `triton_kernels` alone belongs to Triton. "
         "Import it under its full name (pip install first)."
     )
+
+from collections.abc import Callable
+from typing import Any
+
+from sparseopt.triton_kernels.gather import gather_grads_
+from sparseopt.triton_kernels.masks import mask_indices, mask_overlap, pack_mask, popcount, unpack_mask
+from sparseopt.triton_kernels.sparse_adamw import sparse_adamw_
+
+__all__ = ["IMPLEMENTATIONS"]
+
+# Op name -> launcher, as `sparseopt._backend` registers them.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "pack_mask": pack_mask,
+    "unpack_mask": unpack_mask,
+    "popcount": popcount,
+    "mask_indices": mask_indices,
+    "mask_overlap": mask_overlap,
+    "gather_grads_": gather_grads_,
+    "sparse_adamw_": sparse_adamw_,
+}

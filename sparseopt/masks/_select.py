@@ -48,7 +48,7 @@ class Source:
         self._cached = False
         self.checked = False
 
-    def keys(self) -> Iterator[Keys]:
+    def pieces(self) -> Iterator[Keys]:
         """Pieces of keys in order; the first time, scores are checked for NaN."""
         if self._cached and self._cache is not None:
             yield from self._cache
@@ -63,15 +63,14 @@ class Source:
         self.checked = True
 
     def _values(self, piece: Tensor) -> npt.NDArray[Any]:
-        dtype = torch.float64 if self.wide else torch.float32
-        values = piece.to("cpu", dtype).numpy()
+        values = _to_numpy(piece).astype(np.float64 if self.wide else np.float32, copy=False)
         if not self.checked and np.isnan(values.max()):
             raise ValueError(f"the scores of {self.name!r} contain NaN.")
         if self.group == 1:
             return values
         whole = values.size // self.group
         columns = values[: whole * self.group].reshape(whole, self.group)
-        sums = columns[:, 0].copy()
+        sums: npt.NDArray[Any] = columns[:, 0].copy()
         with np.errstate(invalid="ignore"):
             for column in range(1, self.group):
                 sums += columns[:, column]
@@ -80,6 +79,13 @@ class Source:
         if not self.checked and np.isnan(sums.max()):
             raise ValueError(f"the scores of {self.name!r} hold infinities of both signs in one group.")
         return sums
+
+
+def _to_numpy(piece: Tensor) -> npt.NDArray[Any]:
+    piece = piece.cpu()
+    if piece.dtype == torch.bfloat16:  # unknown to numpy: the upper half of an fp32
+        return (piece.view(torch.int16).numpy().astype(np.uint32) << 16).view(np.float32)
+    return piece.numpy()
 
 
 def _to_keys(values: npt.NDArray[Any]) -> Keys:
@@ -116,7 +122,7 @@ def choose(sources: Sequence[Source], count: int, minimum: Sequence[int]) -> lis
     highest = (1 << (bits - 1)) - 1
     if not count:
         for source in sources:  # still has to refuse NaN
-            for _ in source.keys():
+            for _ in source.pieces():
                 pass
         return [Cut(highest, 0) for _ in sources]
     prefix = 0
@@ -136,7 +142,7 @@ def _count_digits(source: Source, shift: int, prefix: int, first: bool) -> tuple
     """-> (keys above the prefix, counts by the 16 bits at ``shift`` of the keys that share it)."""
     higher = 0
     digits = np.zeros(1 << DIGIT, dtype=np.int64)
-    for keys in source.keys():
+    for keys in source.pieces():
         lead = keys >> shift
         if first:
             lead += 1 << (DIGIT - 1)
@@ -154,7 +160,7 @@ def _count_digits(source: Source, shift: int, prefix: int, first: bool) -> tuple
 def _share_ties(sources: Sequence[Source], count: int, minimum: Sequence[int], key: int) -> list[Cut]:
     above, equal = [0] * len(sources), [0] * len(sources)
     for position, source in enumerate(sources):
-        for keys in source.keys():
+        for keys in source.pieces():
             above[position] += int(np.count_nonzero(keys > key))
             equal[position] += int(np.count_nonzero(keys == key))
     least = [max(a, m) for a, m in zip(above, minimum, strict=True)]
@@ -196,7 +202,7 @@ def top(sources: Sequence[Source], budget: int, minimum: Sequence[int]) -> list[
 def _last_taken(source: Source, cut: Cut) -> bool:
     """Whether the last group is selected: it is the last of its ties too."""
     last, same = 0, 0
-    for keys in source.keys():
+    for keys in source.pieces():
         last = int(keys[-1])
         same += int(np.count_nonzero(keys == cut.key))
     return last > cut.key or (last == cut.key and cut.ties == same)
@@ -221,7 +227,7 @@ def pick(source: Source, cut: Cut) -> Picked:
     out = np.empty((source.entries + 7) // 8, dtype=np.uint8)
     result = Picked(torch.from_numpy(out))
     ties, position, items = cut.ties, 0, 0
-    for keys in source.keys():
+    for keys in source.pieces():
         chosen = keys > cut.key
         if ties:
             same = np.flatnonzero(keys == cut.key)[:ties]

@@ -10,12 +10,14 @@ import json
 import math
 import os
 import pickle
+import shutil
 import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -39,6 +41,7 @@ SUFFIXES = {".safetensors": "safetensors", ".pt": "pt"}
 # entropy (5.9 times less than the bits), zlib over the bits 1.4 times; whole rows shrink some 600 times either way.
 CODEC = "zlib-gap8"
 BITS, GAPS = 0, 1
+SPOOL = 1 << 30  # a verified copy of a .pt file is kept in memory up to this size, then on disk
 GAPS_BELOW = 1 / 8  # denser masks have more gap bytes than bit bytes
 
 
@@ -52,8 +55,9 @@ def save(masks: MaskSet, path: str | os.PathLike[str], format: str | None = None
     if kind == "pt":
         if compress:
             raise ValueError("compress=True needs format='safetensors'; a .pt file is a plain dict of bool tensors.")
-        with atomic_path(target) as temporary:
-            torch.save(dict(masks.items()), temporary)
+        # A file object, because torch names the archive's folder after a path, here the temporary one.
+        with atomic_path(target) as temporary, open(temporary, "wb") as file:
+            torch.save(dict(masks.items()), file)
         return
     metadata = _header(masks, CODEC if compress else "none")
     tensors = {name: _compress(masks, name) if compress else masks.packed(name) for name in masks}
@@ -173,7 +177,7 @@ def _compress(masks: MaskSet, name: str) -> Tensor:
         tag = GAPS
     else:
         data, tag = bits.numpy(), BITS
-    stored = bytes([tag]) + zlib.compress(data, 6)
+    stored = bytes([tag]) + zlib.compress(data.tobytes(), 6)
     return torch.frombuffer(bytearray(stored), dtype=torch.uint8)
 
 
@@ -186,7 +190,7 @@ def _decompress(source: Path, name: str, stored: Tensor, n: int) -> Tensor:
     limit = max(1, n if gaps else (n + 7) // 8)
     stream = zlib.decompressobj()
     try:
-        data = stream.decompress(stored[1:].numpy(), limit + 1)
+        data = stream.decompress(stored[1:].numpy().tobytes(), limit + 1)
     except zlib.error as error:
         raise damaged from error
     if not stream.eof or stream.unused_data or len(data) > limit:
@@ -206,19 +210,14 @@ def _decompress(source: Path, name: str, stored: Tensor, n: int) -> Tensor:
 # ---- pt --------------------------------------------------------------------------------------------------------------
 def _load_pt(source: Path) -> MaskSet:
     try:
-        with zipfile.ZipFile(source) as archive:
-            bad = archive.testzip()
-            uncovered = [entry.filename for entry in archive.infolist() if entry.file_size and not entry.CRC]
-        if bad is not None:
-            raise FormatError(f"'{source}' is damaged: the checksum of its part {bad!r} does not match.")
-        if uncovered:
-            raise FormatError(f"'{source}' was saved without checksums, so that it cannot be told from a damaged one.")
-        loaded = torch.load(source, map_location="cpu", weights_only=True)
+        with tempfile.SpooledTemporaryFile(SPOOL) as copy:
+            _copy_verified(source, copy)
+            loaded = torch.load(copy, map_location="cpu", weights_only=True)
     except FormatError:
         raise
     except (
-        zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError,
-        KeyError, OverflowError, NotImplementedError, TypeError, AttributeError, IndexError, UnicodeError,
+        zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, ValueError, EOFError,
+        OSError, KeyError, OverflowError, NotImplementedError, TypeError, AttributeError, IndexError, UnicodeError,
     ) as error:  # fmt: skip
         # Whatever zipfile, torch or pickle stumble over in a damaged or foreign file.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -227,4 +226,30 @@ def _load_pt(source: Path) -> MaskSet:
         isinstance(name, str) and isinstance(mask, Tensor) and mask.dtype == torch.bool for name, mask in loaded.items()
     ):
         raise FormatError(f"'{source}' is not a mask file: expected a dict of parameter name -> bool tensor.")
-    return MaskSet.from_bool(loaded)
+    for name, mask in loaded.items():
+        if mask.numel() and int(mask.view(torch.uint8).max()) > 1:
+            raise FormatError(f"'{source}' is damaged: the mask of {name!r} holds bytes that are neither 0 nor 1.")
+    try:
+        return MaskSet.from_bool(loaded)
+    except ValueError as error:
+        raise FormatError(f"'{source}' is not a usable mask file: {error}") from error
+
+
+def _copy_verified(source: Path, copy: IO[bytes]) -> None:
+    """Rewrites the archive from its parts while zipfile checks their CRCs.
+
+    zipfile and torch do not read the same fields: a flipped bit in a local header can pass the CRCs and still move
+    torch to other bytes. What torch gets to read is therefore only what was checked.
+    """
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(copy, "w") as clean:
+        parts = archive.infolist()
+        if len({part.filename for part in parts}) < len(parts):
+            raise FormatError(f"'{source}' is damaged: two of its parts have one name.")
+        for part in parts:
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise FormatError(f"'{source}' was not written by torch.save, or it is damaged: a part is compressed.")
+            if part.file_size and not part.CRC:
+                raise FormatError(f"'{source}' has no checksums: a damaged file could not be told from a good one.")
+            with archive.open(part) as read, clean.open(part.filename, "w", force_zip64=True) as write:
+                shutil.copyfileobj(read, write, 1 << 20)
+    copy.seek(0)

@@ -28,7 +28,7 @@ def matches(name: str, pattern: str) -> bool:
     """Whether a parameter name fits an include/exclude pattern.
 
     * with ``*``, ``?`` or ``[``: a glob for the whole name (``*`` also crosses dots): ``*.mlp.*.weight``;
-    * with a dot: consecutive whole components: ``h.1`` is in ``transformer.h.1.mlp.weight``, not in ``h.10.mlp.weight``;
+    * with a dot: consecutive whole components: ``h.1`` is in ``transformer.h.1.mlp``, not in ``h.10.mlp``;
     * else: part of a component, numbers whole: ``norm`` is in ``input_layernorm.weight``, ``1`` not in ``h.10``.
     """
     if any(character in pattern for character in "*?["):
@@ -102,6 +102,8 @@ def find_masks(
     picked: dict[str, Picked] = {}
     for names, budget, minimum in zip(groups, budgets, minimums, strict=True):
         picked.update(zip(names, _pick({name: tensors[name] for name in names}, budget, minimum, grain), strict=True))
+    measured = shares(list(picked.values()))
+    _check_zeros(measured["zero_score_share"], allow_zero_scores)
     found = {
         "scope": scope,
         "granularity": grain,
@@ -110,9 +112,8 @@ def find_masks(
         "eligible_parameters": sum(sizes),
         "timestamp": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **({"method": method} if method is not None else {}),
-        **shares(list(picked.values())),
+        **measured,
     }
-    _check_zeros(found["zero_score_share"], allow_zero_scores)
     packed = {
         name: picked[name].packed if name in picked else torch.zeros((tensor.numel() + 7) // 8, dtype=torch.uint8)
         for name, tensor in tensors.items()
@@ -139,7 +140,7 @@ def _minimums(sizes: Sequence[int], ratio: float, budget: int) -> list[int]:
     down = [math.floor(ratio * size + 1e-9) for size in sizes]
     if sum(down) > budget:
         raise ValueError(
-            f"min_layer_keep_ratio={ratio} needs {sum(down)} active entries, but the sparsity leaves {budget}; lower one."
+            f"min_layer_keep_ratio={ratio} needs {sum(down)} active entries, the sparsity leaves {budget}; lower one."
         )
     return down
 

@@ -78,7 +78,7 @@ class MaskSet:
             copy_bits: False takes CPU tensors as they are; nobody may write to them afterwards.
 
         Raises:
-            ValueError: names differ, a size does not fit its shape, unused bits are set, or two names are one parameter.
+            ValueError: names differ, a size does not fit its shape, unused bits are set, or two names are the same.
         """
         self._packed: dict[str, Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -250,7 +250,7 @@ class MaskSet:
                 encoded = name.encode()
                 digest.update(len(encoded).to_bytes(8, "little") + encoded)
                 digest.update(repr(self._shapes[name]).encode() + b"\0")
-                digest.update(memoryview(self._packed[name].numpy()))
+                digest.update(self._packed[name].numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -309,7 +309,7 @@ class MaskSet:
                 side = "right" if mine is None else "left"
                 raise ValueError(f"parameter {name!r} is only in the {side} mask set.")
             if mine != theirs:
-                raise ValueError(f"parameter {name!r} has shape {list(mine)} on the left and {list(theirs)} on the right.")
+                raise ValueError(f"parameter {name!r} has shape {list(mine)} on the left, {list(theirs)} on the right.")
 
     def _combine(self, other: MaskSet, function: Callable[[Tensor, Tensor], Tensor]) -> MaskSet:
         if not isinstance(other, MaskSet):

@@ -77,15 +77,15 @@ def compare(left: MaskSet, right: MaskSet) -> dict[str, Any]:
     """
     left.require_same_parameters(right)
     per_layer: dict[str, dict[str, float]] = {}
-    totals = [0.0, 0.0, 0.0]
+    all_both, all_either, all_chance = 0, 0, 0.0
     for name, shape in left.shapes.items():
         both, either = functional.mask_overlap(left.packed(name), right.packed(name)).tolist()
         n, a, b = math.prod(shape), left.count(name), right.count(name)
         chance = a * b / n if n else 0.0
         per_layer[name] = _measures(both, either, chance, n, a, b)
-        totals = [totals[0] + both, totals[1] + either, totals[2] + chance]
-    measures = _measures(*totals, left.total_parameters, left.active_parameters, right.active_parameters)
-    return {**measures, "per_layer": per_layer}
+        all_both, all_either, all_chance = all_both + both, all_either + either, all_chance + chance
+    n, a, b = left.total_parameters, left.active_parameters, right.active_parameters
+    return {**_measures(all_both, all_either, all_chance, n, a, b), "per_layer": per_layer}
 
 
 def _measures(both: float, either: float, chance: float, n: int, a: int, b: int) -> dict[str, float]:

@@ -110,7 +110,7 @@ def test_help_is_quick_and_lean(command: list[str]) -> None:
     [
         (["trian"], "'train'"),
         (["train", "dpo", "--n_stesp", "3"], "--n_steps"),
-        (["train", "dpo", "--n-steps", "many"], "many"),
+        (["train", "dpo", "--n-steps", "many"], "--n_steps"),
         (["train", "dpo", "--set", "training.n_stesp=3"], "did you mean 'training.n_steps'?"),
         (["train", "dpo", "--set", "n_steps"], "section.key=value"),
         (["train", "dpo", "--set", "training.n_steps=many"], "training.n_steps must be of type int"),

@@ -1,0 +1,242 @@
+"""The arena: all optimizer state of the parameters of one device and dtype, flat, in the order of their active entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparseopt import functional
+from sparseopt.optim.plan import IndexPlan
+
+__all__ = ["Arena", "Saved"]
+
+# Cohorts are numbered in a byte; beyond that the two oldest, whose bias corrections are nearly equal, become one.
+MAX_COHORTS = 256
+
+
+@dataclass
+class Saved:
+    """State of one tensor on its way into an arena.
+
+    Attributes:
+        values: ``step`` (0-d), and per active entry any of ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``,
+            ``residual``, ``cohorts``, ``base``; ``births`` fp32[K].
+        positions: sorted flat indices of the entries that ``values`` speak of; None: the same entries as the arena's.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    positions: Tensor | None = None
+
+
+class Arena:
+    """Flat state for T tensors with N active entries (see :mod:`sparseopt._schema`).
+
+    Attributes:
+        names, params: the T tensors.
+        plan: where the active entries are.
+        steps: fp32[T]; exp_avg, exp_avg_sq, max_exp_avg_sq: fp32[N] (fp64[N] for fp64 parameters).
+        residual: int16[N], what a 16-bit weight lacks of its fp32 master weight, or None.
+        cohorts, births: uint8[N] and fp32[T, K] once entries of different ages exist, else None.
+        compact: fp32[N] gradients of the active entries, allocated when first needed.
+        base: the active entries before training, in the parameters' dtype, where somebody asked for them.
+    """
+
+    PER_ENTRY = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "residual", "cohorts", "base")
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        packed: Sequence[Tensor | None],
+        groups: Sequence[int],
+        *,
+        amsgrad: bool,
+        master_weights: bool,
+    ) -> None:
+        self.names, self.params = list(names), list(params)
+        self.device, self.dtype = params[0].device, params[0].dtype
+        self.plan = IndexPlan.build(packed, [p.numel() for p in params]).to(self.device)
+        self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        n, tensors = self.plan.active, self.plan.tensors
+        self.steps = torch.zeros(tensors, dtype=torch.float32, device=self.device)
+        self.exp_avg = self._zeros(n)
+        self.exp_avg_sq = self._zeros(n)
+        self.max_exp_avg_sq = self._zeros(n) if amsgrad else None
+        has_master = master_weights and self.dtype in (torch.bfloat16, torch.float16)
+        self.residual = torch.zeros(n, dtype=torch.int16, device=self.device) if has_master else None
+        self.cohorts: Tensor | None = None
+        self.births: Tensor | None = None
+        self.compact: Tensor | None = None
+        self.base: Tensor | None = None
+        self.groups = torch.tensor(list(groups), dtype=torch.int32, device=self.device)
+        self.hyper: Tensor | None = None
+        self._hyper_rows: list[tuple[float, ...]] = []
+
+    def _zeros(self, n: int) -> Tensor:
+        return torch.zeros(n, dtype=self.state_dtype, device=self.device)
+
+    # ---- views -------------------------------------------------------------------------------------------------------
+    def state(self, tensor: int) -> dict[str, Tensor]:
+        """Views of one tensor's state; what torch keeps as ``optimizer.state[param]``."""
+        entries = self.plan.arena(tensor)
+        result = {"step": self.steps[tensor]}
+        for name in self.PER_ENTRY:
+            buffer = getattr(self, name)
+            if buffer is not None:
+                result[name] = buffer[entries]
+        if self.births is not None:
+            result["births"] = self.births[tensor]
+        return result
+
+    def packed_mask(self, tensor: int) -> Tensor | None:
+        """The tensor's packed mask on the CPU; None when every entry is active."""
+        if self.plan.runs[tensor] == 0:
+            return None
+        mask = torch.zeros(self.plan.numels[tensor], dtype=torch.bool)
+        mask[self.plan.positions(tensor).cpu()] = True
+        return functional.pack_mask(mask)
+
+    def nbytes(self) -> int:
+        """Bytes of persistent state: moments, residuals, ages, base copy, indices, tables (not ``compact``)."""
+        tensors = [self.steps, self.groups, self.hyper, self.births, *(getattr(self, n) for n in self.PER_ENTRY)]
+        return self.plan.nbytes + sum(t.nbytes for t in tensors if t is not None)
+
+    # ---- hyper-parameters ----------------------------------------------------------------------------------------------
+    def set_hyper(self, rows: Sequence[Sequence[float | Tensor]]) -> None:
+        """Updates the device table; numbers are sent only when they changed, tensors are copied on the device."""
+        numbers = [tuple(0.0 if isinstance(v, Tensor) else float(v) for v in row) for row in rows]
+        if numbers != self._hyper_rows or self.hyper is None:
+            table = torch.tensor(numbers, dtype=torch.float64)
+            if self.hyper is None or self.hyper.shape != table.shape:
+                self.hyper = table.to(self.device)
+            else:
+                self.hyper.copy_(table, non_blocking=True)
+            self._hyper_rows = numbers
+        for r, row in enumerate(rows):
+            for c, value in enumerate(row):
+                if isinstance(value, Tensor):
+                    self.hyper[r, c].copy_(value.detach().reshape(()), non_blocking=True)
+
+    # ---- gradients and the step --------------------------------------------------------------------------------------
+    def gradient_buffer(self) -> Tensor:
+        if self.compact is None:
+            self.compact = self._zeros(self.plan.active)
+        return self.compact
+
+    def gather(self, tensor: int, grad: Tensor, accumulate: bool) -> None:
+        """Adds (or writes) the active entries of one tensor's dense gradient to the compact buffer."""
+        functional.gather_grads_(
+            self.gradient_buffer(), [grad.contiguous()], self.plan, first_tensor=tensor, accumulate=accumulate
+        )
+
+    def forget_absent(self, present: Sequence[bool]) -> None:
+        """Zeroes the compact gradients of tensors without one, so that norms do not see an earlier step's."""
+        buffer = self.gradient_buffer()
+        for tensor, here in enumerate(present):
+            if not here:
+                buffer[self.plan.arena(tensor)].zero_()
+
+    def step(self, present: Sequence[bool], grads: Sequence[Tensor] | Tensor, multiplier: Tensor | None,
+             skip: Tensor | None) -> None:  # fmt: skip
+        """One update of the tensors marked ``present``."""
+        assert self.hyper is not None
+        nothing = self.params[0].new_empty(0)
+        # A parameter that is not laid out row by row is updated through a copy: correct, not fast.
+        contiguous = [p.detach().contiguous() if here else nothing for p, here in zip(self.params, present, strict=True)]
+        functional.sparse_adamw_(
+            contiguous, grads, self.plan, groups=self.groups, hyper=self.hyper, steps=self.steps, exp_avg=self.exp_avg,
+            exp_avg_sq=self.exp_avg_sq, max_exp_avg_sq=self.max_exp_avg_sq, residual=self.residual,
+            cohorts=self.cohorts, births=self.births, multiplier=_on(multiplier, self.device),
+            skip=_on(skip, self.device),
+        )  # fmt: skip
+        for param, updated, here in zip(self.params, contiguous, present, strict=True):
+            if here and updated.data_ptr() != param.data_ptr():
+                param.copy_(updated)
+
+    # ---- active entries of the parameters ----------------------------------------------------------------------------
+    def values(self, tensor: int) -> Tensor:
+        """A copy of the active entries of a parameter, in its dtype, sorted by flat index."""
+        return self.params[tensor].detach().reshape(-1)[self.plan.positions(tensor)]
+
+    @torch.no_grad()
+    def write(self, tensor: int, values: Tensor) -> None:
+        """Sets the active entries of a parameter."""
+        param = self.params[tensor]
+        if param.is_contiguous():
+            param.view(-1)[self.plan.positions(tensor)] = values
+        else:
+            flat = param.reshape(-1).clone()
+            flat[self.plan.positions(tensor)] = values
+            param.copy_(flat.view(param.shape))
+
+    def keep_base(self) -> None:
+        """Copies the active entries as they are now."""
+        parts = [self.values(t) for t in range(self.plan.tensors)]
+        self.base = torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype, device=self.device)
+
+    # ---- taking over earlier state -----------------------------------------------------------------------------------
+    def adopt(self, tensor: int, saved: Saved) -> None:
+        """Fills one tensor's state. Entries that ``saved`` does not know are new: zero moments, age 0."""
+        entries, values = self.plan.arena(tensor), saved.values
+        count = self.plan.counts[tensor]
+        if "step" in values:
+            self.steps[tensor] = values["step"].to(self.device, torch.float32)
+        source: Tensor | None = None
+        known: Tensor | None = None
+        if saved.positions is not None:
+            old, new = saved.positions.to(self.device), self.plan.positions(tensor)
+            at = torch.searchsorted(old, new).clamp(max=max(old.numel() - 1, 0))
+            known = (old[at] == new) if old.numel() else torch.zeros(count, dtype=torch.bool, device=self.device)
+            source = at[known]
+        for name in self.PER_ENTRY:
+            if name not in values or name == "cohorts":
+                continue
+            if name == "base" and self.base is None:
+                self.base = torch.cat([self.values(t) for t in range(self.plan.tensors)])
+            buffer = getattr(self, name)
+            if buffer is None:
+                continue
+            value = values[name].reshape(-1).to(self.device, buffer.dtype)
+            if source is None or known is None:
+                buffer[entries] = value
+            else:
+                view = buffer[entries]
+                view[known] = value[source]
+        self._adopt_ages(tensor, values, known, source)
+
+    def _adopt_ages(self, tensor: int, values: dict[str, Tensor], known: Tensor | None, source: Tensor | None) -> None:
+        step = float(self.steps[tensor])
+        grown = known is not None and step > 0 and not bool(known.all())
+        if "cohorts" not in values and not grown:
+            return
+        count = self.plan.counts[tensor]
+        births = values["births"].to(self.device) if "births" in values else self.steps.new_zeros(1)
+        cohorts = torch.zeros(count, dtype=torch.uint8, device=self.device)
+        if "cohorts" in values:
+            old = values["cohorts"].to(self.device)
+            if source is None or known is None:
+                cohorts = old.clone()
+            else:
+                cohorts[known] = old[source]
+        if grown and known is not None:
+            if births.numel() == MAX_COHORTS:
+                cohorts -= (cohorts > 0).to(torch.uint8)
+                births = torch.cat([births[:1], births[2:]])
+            cohorts[~known] = births.numel()
+            births = torch.cat([births, births.new_tensor([step])])
+        if self.cohorts is None or self.births is None:
+            self.cohorts = torch.zeros(self.plan.active, dtype=torch.uint8, device=self.device)
+            self.births = torch.zeros(self.plan.tensors, 1, device=self.device)
+        if births.numel() > self.births.shape[1]:
+            wider = self.births.new_zeros(self.plan.tensors, births.numel())
+            wider[:, : self.births.shape[1]] = self.births
+            self.births = wider
+        self.births[tensor, : births.numel()] = births
+        self.cohorts[self.plan.arena(tensor)] = cohorts
+
+
+def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device, torch.float32, non_blocking=True)

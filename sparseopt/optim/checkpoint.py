@@ -1,0 +1,185 @@
+"""Saving, loading and copying of SparseAdamW.
+
+torch's own ``load_state_dict`` casts every state tensor to the parameter's dtype (bf16 moments, wrong indices), matches by
+position and aliases tensors. This one matches by name and copies into the arenas.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparseopt import functional
+from sparseopt.masks.maskset import normalize_name
+from sparseopt.optim.arena import Saved
+from sparseopt.optim.capture import GradientCapture
+
+if TYPE_CHECKING:
+    from sparseopt.optim.sparse_adamw import SparseAdamW
+
+__all__ = ["getstate", "load_state_dict", "setstate", "state_dict"]
+
+FORMAT_VERSION = 1
+DENSE = "dense"  # fingerprint of "everything is active"
+
+
+def fingerprint(optimizer: SparseAdamW) -> str:
+    """Identifies names, shapes and masks; ``"dense"`` when everything is active."""
+    if all(mask is None for mask in optimizer._current_masks().values()):
+        return DENSE
+    return optimizer.masks.fingerprint
+
+
+def state_dict(optimizer: SparseAdamW) -> dict[str, Any]:
+    if optimizer._dirty and optimizer._arenas:
+        optimizer._build()
+    result = Optimizer.state_dict(optimizer)
+    positions = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    for param, (arena, tensor) in optimizer._slots.items():
+        entry = dict(result["state"][positions[id(param)]])
+        packed = arena.packed_mask(tensor)
+        if packed is not None:
+            entry["mask"] = packed
+        result["state"][positions[id(param)]] = entry
+    result["sparseopt"] = {
+        "version": FORMAT_VERSION,
+        "mask_fingerprint": fingerprint(optimizer),
+        "skipped_steps": optimizer.skipped_steps,
+    }
+    return result
+
+
+def load_state_dict(optimizer: SparseAdamW, given: dict[str, Any]) -> None:
+    given = dict(given)
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = hook(optimizer, given)
+        if changed is not None:
+            given = changed
+    groups, saved_groups = optimizer.param_groups, deepcopy(given["param_groups"])
+    if len(groups) != len(saved_groups):
+        raise ValueError(f"loaded state dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}.")
+    pairs = _match(optimizer, saved_groups)
+    info = given.get("sparseopt")
+    if info is not None and info["version"] > FORMAT_VERSION:
+        raise ValueError(f"the optimizer state has format {info['version']}, this release reads up to {FORMAT_VERSION}.")
+
+    current = optimizer._current_masks()
+    saved: dict[str, Saved] = {}
+    masks: dict[str, Tensor | None] = {}
+    for name, param, key in pairs:
+        entry = given["state"].get(key)
+        if entry is None:
+            continue
+        if info is None:
+            saved[name] = Saved(_from_dense(name, param, entry, current[name]))
+            continue
+        values = {k: v for k, v in entry.items() if isinstance(v, Tensor) and k != "mask"}
+        saved[name] = Saved(values)
+        masks[name] = entry["mask"].cpu() if "mask" in entry else None
+        _check_counts(name, param, values, masks[name])
+    if info is not None and info["mask_fingerprint"] != fingerprint(optimizer):
+        if not optimizer.adopt_masks:
+            raise ValueError(
+                f"the optimizer state was saved under another mask (fingerprint {info['mask_fingerprint'][:12]}, this "
+                f"optimizer's is {fingerprint(optimizer)[:12]}); use the same mask, or set adopt_masks=True on the "
+                "optimizer to take the saved one."
+            )
+        current.update(masks)
+    optimizer._arenas, optimizer._slots = [], {}
+    optimizer._masks, optimizer._saved, optimizer._dirty = current, saved, True
+    optimizer.state.clear()
+    if optimizer._capture is not None:
+        optimizer._capture.captured.clear()
+    for group, saved_group in zip(groups, saved_groups, strict=True):
+        keep = {k: group[k] for k in ("params", "param_names") if k in group}
+        group.update({k: v for k, v in saved_group.items() if k not in ("params", "param_names")})
+        group.update(keep)
+    if info is not None:
+        skipped = int(info["skipped_steps"])
+        optimizer._skipped = torch.tensor(float(skipped)) if skipped else None
+    if saved:
+        optimizer._build()
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)
+
+
+def _match(optimizer: SparseAdamW, saved_groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, Any]]:
+    """(name, parameter, key in the saved state) for every parameter: by name where both sides know names."""
+    names = {param: name for name, param, _ in optimizer._layout()}
+    result = []
+    by_name: dict[str, Any] = {}
+    for group in saved_groups:
+        by_name.update(zip(map(normalize_name, group.get("param_names", ())), group["params"], strict=False))
+    for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        if by_name and "param_names" in group:
+            missing = [names[p] for p in group["params"] if names[p] not in by_name]
+            if missing:
+                raise ValueError(f"loaded state dict knows no parameter {missing[0]!r} ({len(missing)} are missing).")
+            result += [(names[p], p, by_name[names[p]]) for p in group["params"]]
+            continue
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"loaded state dict has {len(saved['params'])} parameters in group {index}, the optimizer {len(group['params'])}."
+            )
+        result += [(names[p], p, key) for p, key in zip(group["params"], saved["params"], strict=True)]
+    return result
+
+
+def _check_counts(name: str, param: Tensor, values: dict[str, Tensor], mask: Tensor | None) -> None:
+    if mask is not None and mask.numel() != (param.numel() + 7) // 8:
+        raise ValueError(f"the saved mask of {name!r} is for another shape than {tuple(param.shape)}.")
+    expected = param.numel() if mask is None else int(functional.popcount(mask))
+    if "exp_avg" in values and values["exp_avg"].numel() != expected:
+        raise ValueError(f"the saved state of {name!r} has {values['exp_avg'].numel()} entries, expected {expected}.")
+
+
+def _from_dense(name: str, param: Tensor, entry: dict[str, Any], mask: Tensor | None) -> dict[str, Tensor]:
+    """The active entries of a dense AdamW's state."""
+    values = {}
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        if key in entry:
+            dense = entry[key]
+            if tuple(dense.shape) != tuple(param.shape):
+                raise ValueError(f"the saved {key} of {name!r} has shape {tuple(dense.shape)}, the parameter {tuple(param.shape)}.")
+            flat = dense.detach().reshape(-1)
+            values[key] = flat if mask is None else flat[functional.mask_indices(mask, flat.numel()).long().to(flat.device)]
+    if "step" in entry:
+        values["step"] = torch.as_tensor(entry["step"], dtype=torch.float32)
+    return values
+
+
+# ---- deepcopy and pickle -----------------------------------------------------------------------------------------------
+PLAIN = ("max_grad_norm", "adopt_masks", "_options", "_names_given", "_grad_norm", "_skipped", "_left")
+
+
+def getstate(optimizer: SparseAdamW) -> dict[str, Any]:
+    if optimizer._arenas and optimizer._dirty:
+        optimizer._build()
+    state = {
+        param: {k: v.clone() for k, v in arena.state(t).items()} for param, (arena, t) in optimizer._slots.items()
+    }
+    result = {name: getattr(optimizer, name) for name in PLAIN}
+    result.update(
+        defaults=optimizer.defaults, state=state, param_groups=optimizer.param_groups, masks=optimizer._current_masks()
+    )
+    return result
+
+
+def setstate(optimizer: SparseAdamW, state: dict[str, Any]) -> None:
+    state = dict(state)
+    masks, saved = state.pop("masks"), state["state"]
+    optimizer._reset()
+    Optimizer.__setstate__(optimizer, state)
+    optimizer._masks = masks
+    optimizer._saved = {name: Saved(saved[p]) for name, p, _ in optimizer._layout() if p in saved}
+    optimizer.state = defaultdict(dict)
+    if optimizer._options["capture"]:
+        optimizer._capture = GradientCapture(optimizer)
+    if optimizer._saved:
+        optimizer._build()
+

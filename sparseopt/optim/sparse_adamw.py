@@ -1,0 +1,417 @@
+"""SparseAdamW: AdamW that updates, and keeps state for, the active entries of a mask only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparseopt._schema import HYPER_COLUMNS
+from sparseopt.masks.maskset import MaskSet, normalize_name
+from sparseopt.optim import checkpoint, weights
+from sparseopt.optim.arena import Arena, Saved
+from sparseopt.optim.arguments import check_hyperparameters, resolve_masks
+from sparseopt.optim.capture import GradientCapture
+
+if TYPE_CHECKING:
+    from sparseopt.deltas.delta import Delta
+
+__all__ = ["SparseAdamW"]
+
+Unmasked = Literal["error", "freeze", "dense"]
+
+
+class SparseAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) on the active entries of a mask; everything else stays bit-identical.
+
+    The positional arguments are those of :class:`torch.optim.AdamW`, so a script changes one name and adds ``masks=``.
+    State is allocated at the first step: two fp32 moments and an int32 index per active entry, plus an int16 residual
+    for bf16/fp16 parameters. ``foreach``, ``fused`` and ``differentiable`` are not taken: there is one fused kernel.
+
+    Args:
+        params: named parameters (``model.named_parameters()``), plain parameters, or parameter groups of either.
+        lr: learning rate; a number or a one-element tensor.
+        betas: decay rates of the moments.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay, of active entries only.
+        amsgrad: keep the largest second moment.
+        masks: a MaskSet, ``{name: bool tensor}``, a list of bool tensors aligned with plain parameters, or None = every
+            entry of every parameter is active.
+        maximize: ascend.
+        max_grad_norm: clip the norm over all active entries to this, on the device. A non-finite norm skips the step.
+            ``float("inf")`` measures without clipping.
+        unmasked: what happens to a parameter without a mask: ``"error"``, ``"freeze"`` it, or train it ``"dense"``.
+        master_weights: give bf16/fp16 parameters fp32 precision through a 16-bit residual per active entry.
+        correct_bias: divide the moments by ``1 - beta^t``.
+        capture_gradients: gather the active entries as backward produces each gradient and free the dense gradient.
+            Use ``opt.zero_grad()`` to discard what was captured; ``step()`` consumes it.
+        capturable: as in torch; the step never waits for the device in any case.
+
+    Raises:
+        ValueError: masks that do not fit the parameters, or hyper-parameters out of range.
+        TypeError: complex or integer parameters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        masks: MaskSet | Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        unmasked: Unmasked = "error",
+        master_weights: bool = True,
+        correct_bias: bool = True,
+        capture_gradients: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        if unmasked not in ("error", "freeze", "dense"):
+            raise ValueError(f"unmasked must be 'error', 'freeze' or 'dense', got {unmasked!r}.")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "maximize": maximize, "correct_bias": correct_bias, "capturable": capturable,
+        }  # fmt: skip
+        check_hyperparameters(defaults)
+        self.max_grad_norm = max_grad_norm
+        self.adopt_masks = False
+        self._options = {"unmasked": unmasked, "master_weights": master_weights, "capture": capture_gradients}
+        self._reset()
+        super().__init__(params, defaults)
+        self._names_given = all("param_names" in g for g in self.param_groups)
+        names = [name for name, _, _ in self._layout()]
+        self._masks = resolve_masks(masks, names, [p for _, p, _ in self._layout()], unmasked, self._names_given)
+        self._capture = GradientCapture(self) if capture_gradients else None
+
+    def _reset(self) -> None:
+        self._arenas: list[Arena] = []
+        self._slots: dict[Tensor, tuple[Arena, int]] = {}
+        # What the next build uses: packed masks by name (None: all active) and state by name.
+        self._masks: dict[str, Tensor | None] = {}
+        self._saved: dict[str, Saved] = {}
+        self._dirty = True
+        self._capture: GradientCapture | None = None
+        self._grad_norm: Tensor | None = None
+        self._skipped: Tensor | None = None
+        self._left = weights.LeftEntries()
+
+    # ---- parameters and masks ------------------------------------------------------------------------------------------
+    def _layout(self) -> list[tuple[str, Tensor, int]]:
+        """(name, parameter, group) of every parameter, in order; names without what wrappers add."""
+        result, seen = [], set()
+        for g, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for i, param in enumerate(group["params"]):
+                if param in seen:  # torch warns about duplicates within a group and goes on
+                    continue
+                seen.add(param)
+                result.append((normalize_name(names[i]) if names else f"param_{len(result)}", param, g))
+        return result
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in torch. Under masks, its parameters follow ``unmasked``; see :meth:`update_masks`."""
+        super().add_param_group(param_group)
+        check_hyperparameters({**self.defaults, **self.param_groups[-1]})
+        for param in self.param_groups[-1]["params"]:
+            if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                raise TypeError(f"SparseAdamW trains fp32, bf16, fp16 and fp64 parameters, got one of {param.dtype}.")
+        self._dirty = True
+        if hasattr(self, "_names_given"):  # after construction
+            known = {name: mask for name, mask in self._current_masks().items()}
+            masked = any(mask is not None for mask in known.values())
+            for name, param, _ in self._layout():
+                if name in known:
+                    continue
+                if masked and self._options["unmasked"] == "error":
+                    self.param_groups.pop()
+                    raise ValueError(f"parameter {name!r} was added without a mask; unmasked='dense' would train all of it.")
+                freeze = masked and self._options["unmasked"] == "freeze"
+                self._masks[name] = torch.zeros((param.numel() + 7) // 8, dtype=torch.uint8) if freeze else None
+            if self._capture is not None:
+                self._capture.arm()
+
+    def _current_masks(self) -> dict[str, Tensor | None]:
+        """Packed mask of every parameter by name, None where all is active."""
+        result: dict[str, Tensor | None] = {}
+        for arena in self._arenas:
+            for t, name in enumerate(arena.names):
+                result[name] = arena.packed_mask(t)
+        result.update(self._masks)
+        return result
+
+    @property
+    def masks(self) -> MaskSet:
+        """The masks in force, rebuilt from the indices."""
+        packed = self._current_masks()
+        full, shapes = {}, {}
+        for name, param, _ in self._layout():
+            shapes[name] = tuple(param.shape)
+            bits = packed[name]
+            full[name] = MaskSet.full_like({name: param}).packed(name) if bits is None else bits
+        return MaskSet(full, shapes)
+
+    def initialize_state(self) -> None:
+        """Allocates all state now instead of at the first step."""
+        self._build()
+
+    def _build(self) -> None:
+        """(Re)builds the arenas after construction, new groups, new masks, loading, or a move to another device."""
+        layout = self._layout()
+        if not self._dirty and all(self._slots[p][0].device == p.device and self._slots[p][0].dtype == p.dtype
+                                   for _, p, _ in layout):  # fmt: skip
+            return
+        self._refuse_shared_storage(layout)
+        masks = self._current_masks()
+        saved = {**self._extract(), **self._saved}
+        buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, (_, param, _) in enumerate(layout):
+            buckets.setdefault((param.device, param.dtype), []).append(i)
+        amsgrad = any(group["amsgrad"] for group in self.param_groups)
+        arenas, slots = [], {}
+        for members in buckets.values():
+            names, params, groups = zip(*(layout[i] for i in members), strict=True)
+            arena = Arena(
+                names, params, [masks[n] for n in names], groups, amsgrad=amsgrad,
+                master_weights=bool(self._options["master_weights"]),
+            )  # fmt: skip
+            for t, name in enumerate(names):
+                if name in saved:
+                    arena.adopt(t, saved[name])
+                slots[params[t]] = (arena, t)
+            arenas.append(arena)
+        self._arenas, self._slots, self._masks, self._saved, self._dirty = arenas, slots, {}, {}, False
+        for param, (arena, t) in slots.items():
+            self.state[param] = arena.state(t)
+
+    def _extract(self) -> dict[str, Saved]:
+        """The state as it stands, by name; positions only where a new mask is waiting."""
+        result = {}
+        for arena in self._arenas:
+            for t, name in enumerate(arena.names):
+                positions = arena.plan.positions(t) if name in self._masks else None
+                result[name] = Saved(arena.state(t), positions)
+        return result
+
+    @staticmethod
+    def _refuse_shared_storage(layout: list[tuple[str, Tensor, int]]) -> None:
+        owner: dict[tuple[torch.device, int], str] = {}
+        for name, param, _ in layout:
+            if param.numel() and param.data_ptr():
+                first = owner.setdefault((param.device, param.data_ptr()), name)
+                if first != name:
+                    raise ValueError(f"parameters {first!r} and {name!r} share memory (tied weights): pass one of them.")
+
+    # ---- the step ------------------------------------------------------------------------------------------------------
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; its value is returned.
+
+        Raises:
+            RuntimeError: gradients are captured and none came since the last step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _step(self) -> None:
+        self._build()
+        capture = self._capture
+        if capture is not None:
+            capture.take_dense()
+            if not capture.captured and self._slots:
+                raise RuntimeError(
+                    "SparseAdamW captured no gradient since the last step: run backward() first (was the model's "
+                    "forward run under no_grad, or zero_grad() called after backward()?)."
+                )
+        inverse_scale, skip = self._loss_scale()
+        sources = [self._gradients(arena) for arena in self._arenas]
+        multiplier = inverse_scale
+        if self.max_grad_norm is not None and sources:
+            norms = torch.stack([torch.linalg.vector_norm(a.gradient_buffer()).to(self._arenas[0].device) for a in self._arenas])
+            norm = torch.linalg.vector_norm(norms)
+            if inverse_scale is not None:
+                norm = norm * inverse_scale.to(norm.device)
+            self._grad_norm = norm
+            coefficient = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            multiplier = coefficient if inverse_scale is None else coefficient * inverse_scale.to(norm.device)
+            overflow = (~torch.isfinite(norm)).float()
+            skip = overflow if skip is None else torch.maximum(skip.to(overflow.device), overflow)
+        if skip is not None:
+            self._skipped = skip.clone() if self._skipped is None else self._skipped + skip.to(self._skipped.device)
+        hyper = self._hyper_rows()
+        for arena, (present, grads) in zip(self._arenas, sources, strict=True):
+            arena.set_hyper(hyper)
+            arena.step(present, grads, multiplier, skip)
+        if capture is not None:
+            capture.captured.clear()
+
+    def _gradients(self, arena: Arena) -> tuple[list[bool], Sequence[Tensor] | Tensor]:
+        """(which tensors have a gradient, the gradients: dense, or compact when captured or clipped)."""
+        if self._capture is not None:
+            present = [p in self._capture.captured for p in arena.params]
+            if self.max_grad_norm is not None:
+                arena.forget_absent(present)
+            return present, arena.gradient_buffer()
+        nothing = arena.params[0].new_empty(0)
+        grads = []
+        for name, param in zip(arena.names, arena.params, strict=True):
+            grad = param.grad
+            if grad is not None and grad.layout != torch.strided:
+                raise RuntimeError(f"SparseAdamW does not support sparse gradients (parameter {name!r}).")
+            grads.append(nothing if grad is None else grad.detach().contiguous())
+        present = [p.grad is not None for p in arena.params]
+        if self.max_grad_norm is None:
+            return present, grads
+        from sparseopt import functional
+
+        functional.gather_grads_(arena.gradient_buffer(), grads, arena.plan)
+        arena.forget_absent(present)
+        return present, arena.gradient_buffer()
+
+    def _hyper_rows(self) -> list[tuple[float | Tensor, ...]]:
+        rows = []
+        for group in self.param_groups:
+            values = {**group, "beta1": group["betas"][0], "beta2": group["betas"][1]}
+            rows.append(tuple(values[column] for column in HYPER_COLUMNS))
+        return rows
+
+    # ---- loss scaling (torch.amp.GradScaler) ---------------------------------------------------------------------------
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """GradScaler asks this before a step; then it hands over ``grad_scale`` and ``found_inf`` as attributes."""
+        if self._capture is not None:
+            raise RuntimeError(
+                "capture_gradients=True cannot be combined with torch.amp.GradScaler, which looks for dense gradients: "
+                "train in bf16 without a scaler, or set capture_gradients=False."
+            )
+        return True
+
+    def _loss_scale(self) -> tuple[Tensor | None, Tensor | None]:
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return (None if scale is None else scale.double().reciprocal().float()), found
+
+    # ---- what it knows ---------------------------------------------------------------------------------------------------
+    @property
+    def active_parameters(self) -> int:
+        """Active entries over all parameters."""
+        if self._dirty:
+            return self.masks.active_parameters
+        return sum(arena.plan.active for arena in self._arenas)
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state, indices and tables included (allocates the state if need be)."""
+        self._build()
+        return sum(arena.nbytes() for arena in self._arenas)
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the compact gradient buffers (in use with capture or clipping)."""
+        return sum(a.compact.nbytes for a in self._arenas if a.compact is not None)
+
+    def grad_norm(self) -> Tensor:
+        """Norm over the active entries at the last step, before clipping: fp32[] on the device.
+
+        Raises:
+            RuntimeError: no step has measured it; give ``max_grad_norm`` (``float("inf")`` measures only).
+        """
+        if self._grad_norm is None:
+            raise RuntimeError("no gradient norm yet: it is measured by step() when max_grad_norm is set (inf measures only).")
+        return self._grad_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped because of a non-finite gradient norm or an overflow that a GradScaler found."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Discards gradients, captured ones included."""
+        if self._capture is not None:
+            self._capture.captured.clear()
+        super().zero_grad(set_to_none)
+
+    # ---- masks and weights that change -----------------------------------------------------------------------------------
+    @torch.no_grad()
+    def update_masks(self, masks: MaskSet | Mapping[str, Tensor]) -> None:
+        """Trains other entries from now on.
+
+        Entries active before and after keep moments, master weight and age; new ones start at age 0 with their own bias
+        correction; dropped ones keep their value. Parameters without a new mask keep theirs.
+        """
+        if self._capture is not None and self._capture.captured:
+            raise RuntimeError("update_masks() between backward() and step() would lose captured gradients: call it after step().")
+        self._build()
+        params = {name: param for name, param, _ in self._layout()}
+        given = masks if isinstance(masks, MaskSet) else MaskSet.from_bool(masks)
+        for name in given.names:
+            if name not in params:
+                raise ValueError(f"a mask came for {name!r}, which is not among the optimizer's parameters.")
+            if given.shapes[name] != tuple(params[name].shape):
+                raise ValueError(f"the mask of {name!r} has shape {given.shapes[name]}, the parameter {tuple(params[name].shape)}.")
+        self._left.before_update(self, given)
+        self._masks = {name: given.packed(name) for name in given.names}
+        self._dirty = True
+        self._build()
+
+    @torch.no_grad()
+    def sync_from_params(self) -> None:
+        """Makes the weights as they are the exact master weights (drops the residuals).
+
+        Not needed after loading weights: a residual only refines the weight it is added to, by less than half a unit
+        in its last place, so weights changed by somebody else are never overwritten by an older value.
+        """
+        for arena in self._arenas:
+            if arena.residual is not None:
+                arena.residual.zero_()
+
+    @contextlib.contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Inside, the model is what it was before training: a reference model without a second copy.
+
+        Active entries are swapped with a compact copy, made at the first use, which must come before the first step.
+        """
+        with weights.base_weights(self):
+            yield
+
+    def export_delta(self, changed_only: bool = False) -> Delta:
+        """Every active entry with its value, and what left the mask since the last export.
+
+        Args:
+            changed_only: only entries that differ from the last export (the first one compares with the base copy that
+                :meth:`base_weights` keeps, or else holds everything).
+        """
+        return weights.export_delta(self, changed_only)
+
+    # ---- saving, loading, copying ----------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """torch's layout (``state``, ``param_groups``) plus ``sparseopt``: format version, mask fingerprint, counters."""
+        return checkpoint.state_dict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores state exactly, by parameter name; also takes the state of a dense ``torch.optim.AdamW``.
+
+        Raises:
+            ValueError: saved under another mask (unless ``adopt_masks`` is set), or for other parameters.
+        """
+        checkpoint.load_state_dict(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return checkpoint.getstate(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        checkpoint.setstate(self, state)

@@ -1,0 +1,97 @@
+"""``.ci/run`` and the Makefile: a suite that fails or runs nothing is a failure, and the last line says what ran."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSES = "def test_a():\n    pass\n"
+FAILS = "def test_b():\n    assert False\n"
+SKIPS = "import pytest\n\n@pytest.mark.skip(reason='no such device')\ndef test_c():\n    pass\n"
+
+
+def ci(folder: Path, suites: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs .ci/run in a folder whose Makefile runs one test file per suite."""
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
+    rules = []
+    for suite, tests in suites.items():
+        (folder / f"test_{suite}.py").write_text(tests)
+        pytest_command = f"{sys.executable} -m pytest -q -p no:cacheprovider -rs --junitxml=$(REPORTS)/{suite}.xml"
+        rules.append(f"{suite}:\n\t{pytest_command} test_{suite}.py\n")
+    (folder / "Makefile").write_text("\n".join(rules))
+    return subprocess.run(
+        ["bash", ".ci/run"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTEST_ADDOPTS": ""},
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("test", "slow", "code", "last", "words"),
+    [
+        (PASSES + SKIPS, PASSES, 0, "2 passed, 0 failed, 1 skipped", "1 skipped: no such device"),
+        (PASSES + FAILS, PASSES, 1, "2 passed, 1 failed, 0 skipped", "failed: make test"),
+        (PASSES, PASSES + FAILS, 1, "2 passed, 1 failed, 0 skipped", "failed: make slow"),
+        (PASSES, "", 1, "1 passed, 0 failed, 0 skipped", "make slow ran no test"),
+        (SKIPS, PASSES, 1, "1 passed, 0 failed, 1 skipped", "make test ran no test"),
+        (PASSES, "import no_such_module\n", 1, "1 passed, 1 failed, 0 skipped", "failed: make slow"),
+    ],
+)
+def test_ci_run(tmp_path: Path, test: str, slow: str, code: int, last: str, words: str) -> None:
+    result = ci(tmp_path, {"test": test, "slow": slow})
+    assert result.returncode == code
+    assert result.stdout.splitlines()[-1] == last
+    assert words in result.stdout + result.stderr
+
+
+def test_ci_run_without_a_suite(tmp_path: Path) -> None:
+    result = ci(tmp_path, {"test": PASSES})
+    assert result.returncode == 1
+    assert "make slow ran no test" in result.stdout
+
+
+def test_makefile_help_lists_every_job() -> None:
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    for job in ("demo", "test", "slow", "bench", "lint", "types", "venv", "install", "clean", "help"):
+        assert f"make {job} " in listed
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"PYTHON": "no-such-python"}, "no-such-python was not found"),
+        ({"PYTHON": "{tmp}/python3.10"}, "Python >= 3.11 is needed"),
+        ({"CXX": "no-such-compiler"}, "apt-get install g++"),
+        ({"PYTHON": "{tmp}/without-venv"}, "apt-get install python3-venv"),
+        ({"PYTHON": "{tmp}/without-headers"}, "apt-get install python3-dev"),
+    ],
+)
+def test_make_says_early_what_the_system_lacks(tmp_path: Path, variables: dict[str, str], words: str) -> None:
+    """Interpreters that lack something are played by scripts that refuse the matching check."""
+    for name, refused in (
+        ("python3.10", "version_info"),
+        ("without-venv", "ensurepip"),
+        ("without-headers", "Python.h"),
+    ):
+        script = tmp_path / name
+        script.write_text(f'#!/bin/sh\ncase "$*" in *{refused}*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+        script.chmod(0o755)
+    venv = tmp_path / "venv"
+    given = [f"{name}={value.format(tmp=tmp_path)}" for name, value in variables.items()]
+    result = subprocess.run(
+        ["make", f"VENV={venv}", *given, "demo"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert not venv.exists()

@@ -1,0 +1,116 @@
+"""Shared by the kernels: the chunk table, pointer tables, 16-bit conversions."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "CHUNK",
+    "INTERPRET",
+    "TL_DTYPES",
+    "common_dtype",
+    "entry_positions",
+    "narrow",
+    "pointer_table",
+    "widen",
+]
+
+# Arena entries per chunk row at most (sparseopt.optim.plan.CHUNK): one program takes one row in one block.
+CHUNK = 4096
+
+# Triton reads the variable when it decorates a kernel, so this is fixed at import as well.
+INTERPRET = bool(triton.knobs.runtime.interpret)
+
+TL_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+
+
+# ---- in kernels ------------------------------------------------------------------------------------------------------
+@triton.jit
+def entry_positions(row, indices, k, valid):
+    """Flat int64 elements of the chunk's entries ``k`` (int32[BLOCK]): base + stored offset of the run + place in it."""
+    base = tl.load(row + 1)
+    first = indices + tl.load(row + 4)
+    shift = tl.load(row + 5).to(tl.int32)
+    run = k >> shift
+    offset = tl.load(first + run, mask=valid, other=0)
+    # int64 before the addition: base may lie past 2^31.
+    return base + offset.to(tl.int64) + (k - (run << shift)).to(tl.int64)
+
+
+@triton.jit
+def widen(value, ACC: tl.constexpr):
+    """Any parameter dtype -> ACC, exactly. bf16 goes through its bits: the interpreter would flush subnormals."""
+    if value.dtype == tl.bfloat16:
+        bits = value.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        result = bits.to(tl.float32, bitcast=True).to(ACC)
+    else:
+        result = value.to(ACC)
+    return result
+
+
+@triton.jit
+def narrow(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """ACC -> parameter dtype, to nearest even. The interpreter truncates to bf16, so there it is done on the bits."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        high = bits >> 16
+        rounded = (bits + 0x7FFF + (high & 1)) >> 16
+        result = tl.where(value != value, high | 0x40, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(DTYPE)
+    return result
+
+
+# ---- in launchers ----------------------------------------------------------------------------------------------------
+def common_dtype(what: str, tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The one dtype of the non-empty tensors, None if all are empty; a kernel reads them all through one pointer type."""
+    dtypes = {t.dtype for t in tensors if t.numel()}
+    if len(dtypes) > 1 or not dtypes <= TL_DTYPES.keys():
+        raise TypeError(f"expected {what} of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}.")
+    return dtypes.pop() if dtypes else None
+
+
+_TABLES_KEPT = 32
+_tables: OrderedDict[tuple[torch.device, tuple[int, ...]], tuple[int, Tensor]] = OrderedDict()
+_captured: list[Tensor] = []
+_lock = threading.Lock()
+
+
+def pointer_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Addresses of the tensors' data -> int64[T] on ``device``; 0 for an empty tensor.
+
+    Tables are kept by the addresses in them, so that steps over unmoved tensors copy nothing. A copy is ordered on the
+    stream that made it; another stream makes its own. While a CUDA graph is captured nothing may be copied from pageable
+    memory: a table of the warm-up serves, whichever stream made it, and is kept for good, since the graph holds its address.
+    """
+    key = (device, tuple(t.data_ptr() if t.numel() else 0 for t in tensors))
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    with _lock:
+        owner, table = _tables.get(key, (None, None))
+        if table is None or not (owner == stream or capturing):
+            if capturing:
+                raise RuntimeError(
+                    "sparseopt ops captured in a CUDA graph must have run before on the same tensors: run a warm-up step "
+                    "with the tensors (and static gradients) of the graph, then capture."
+                )
+            table = torch.tensor(key[1], dtype=torch.int64).to(device, non_blocking=True)
+        if capturing and not any(table is kept for kept in _captured):
+            _captured.append(table)
+        _tables[key] = (stream if owner is None or not capturing else owner, table)
+        _tables.move_to_end(key)
+        while len(_tables) > _TABLES_KEPT:
+            _tables.popitem(last=False)
+    return table
