@@ -1,1 +1,1 @@
-"""Benchmarks: ``sparseopt.benchmarks``."""
+"""Benchmarks: the suites are ``bench_*.py``; :mod:`sparseopt.benchmarks.report` runs them and keeps results."""

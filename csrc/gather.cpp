@@ -57,7 +57,7 @@ void gather_grads_(at::Tensor compact, at::TensorList grads, const at::Tensor& i
   const Chunk* rows = chunk_rows(chunks);
   const int64_t count = chunks.size(0);
   check_chunks(rows, count, first, grads.size(), compact.numel(), indices.numel());
-  at::ScalarType dtype = at::kFloat;
+  at::ScalarType dtype = compact.scalar_type();  // where every gradient is absent
   for (const at::Tensor& grad : grads) {
     if (!grad.numel()) continue;
     TORCH_CHECK(grad.is_cpu() && grad.is_contiguous(), "gradients must be contiguous and on the CPU");

@@ -293,7 +293,7 @@ void sparse_adamw_(at::TensorList params, at::TensorList grads, const std::optio
   if (skip.has_value() && skip->item<double>() != 0) return;
   check_chunks(chunk_rows(chunks), chunks.size(0), 0, params.size(), exp_avg.numel(), indices.numel());
   const double scale = multiplier.has_value() ? multiplier->item<double>() : 1.0;
-  at::ScalarType dtype = at::kFloat;
+  at::ScalarType dtype = exp_avg.scalar_type();  // where every tensor is absent
   for (const at::Tensor& param : params) {
     if (param.numel()) dtype = param.scalar_type();
   }

@@ -45,10 +45,13 @@ DPO: Schema = {
         "gradient_checkpointing": Setting(False, bool, "recompute activations in backward: less memory, more time"),
     },
     "data": {
-        "name": Setting("chain_sum", str, "reasoning-gym task, local JSONL/Parquet file or Hub dataset"),
+        "name": Setting(
+            "reasoning_gym:word_sequence_reversal", str, "reasoning_gym:TASK, a local JSONL/Parquet file or a Hub dataset"
+        ),
         "n_train": Setting(1000, int, "preference pairs to train on"),
         "n_eval": Setting(200, int, "held-out preference pairs"),
-        "options": Setting({}, dict, "options of the task"),
+        "options": Setting({}, dict, "options of the reasoning-gym task"),
+        "style": Setting({}, dict, "how its questions are put: system, last_line, example"),
         "seed": Setting(None, int, "seed of the data; default: training.seed"),
     },
     "mask": {
@@ -77,6 +80,8 @@ DPO: Schema = {
         "batch_size": Setting(4, int, "preference pairs per micro-batch"),
         "gradient_accumulation_steps": Setting(1, int, "micro-batches per step"),
         "beta": Setting(0.1, float, "DPO's temperature"),
+        "loss_type": Setting(["sigmoid"], list, "TRL's DPO losses, added up"),
+        "loss_weights": Setting([], list, "their weights; empty: 1 each"),
         "lr_scheduler": Setting("linear", str, "name of a transformers scheduler"),
         "warmup_steps": Setting(0, int, "steps of linear warm-up"),
         "max_length": Setting(256, int, "tokens per sequence"),
@@ -89,7 +94,7 @@ DPO: Schema = {
     "evaluation": {
         "batch_size": Setting(8, int, "pairs per batch"),
         "n_generate": Setting(100, int, "prompts answered greedily for exact match"),
-        "max_new_tokens": Setting(16, int, "tokens per greedy answer"),
+        "max_new_tokens": Setting(0, int, "tokens per greedy answer; 0: the longest right answer and four more"),
     },
     "output": {
         "dir": Setting(None, str, "run folder; default: checkpoints_{model}_dpo"),

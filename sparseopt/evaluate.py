@@ -197,7 +197,8 @@ def _answer_logps(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]
     # Token j is predicted at position j - 1: the last `keep` positions hold all that is needed and one too many.
     keep = max(len(answer) for _, answer in rows) + 1
     # Asked of the class: trainers replace `forward` on the instance, and PEFT wraps the model.
-    plain: Any = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    plain = model if unwrap is None else unwrap()
     options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(type(plain).forward).parameters else {}
     logits = model(
         input_ids=ids[:, shared:],

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Shared by the kernels: the chunk table, pointer tables, 16-bit conversions."""
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ TL_DTYPES = {
 # ---- in kernels ------------------------------------------------------------------------------------------------------
 @triton.jit
 def entry_positions(row, indices, k, valid):
-    """Flat int64 elements of the chunk's entries ``k`` (int32[BLOCK]): base + stored offset of the run + place in it."""
+    """Flat int64 elements of a chunk's entries ``k`` (int32[BLOCK]): base + stored offset of the run + place in it."""
     base = tl.load(row + 1)
     first = indices + tl.load(row + 4)
     shift = tl.load(row + 5).to(tl.int32)
@@ -51,7 +52,7 @@ def entry_positions(row, indices, k, valid):
 
 @triton.jit
 def widen(value, ACC: tl.constexpr):
-    """Any parameter dtype -> ACC, exactly. bf16 goes through its bits: the interpreter would flush subnormals."""
+    """Any parameter dtype -> ACC, exactly. bf16 goes through its bits: the interpreter gets subnormals wrong."""
     if value.dtype == tl.bfloat16:
         bits = value.to(tl.int16, bitcast=True).to(tl.int32) << 16
         result = bits.to(tl.float32, bitcast=True).to(ACC)
@@ -61,9 +62,9 @@ def widen(value, ACC: tl.constexpr):
 
 
 @triton.jit
-def narrow(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """ACC -> parameter dtype, to nearest even. The interpreter truncates to bf16, so there it is done on the bits."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+def narrow(value, DTYPE: tl.constexpr, BF16_BITS: tl.constexpr):
+    """ACC -> parameter dtype, to nearest even; BF16_BITS does it on the bits: the interpreter truncates to bf16."""
+    if BF16_BITS:
         bits = value.to(tl.int32, bitcast=True)
         high = bits >> 16
         rounded = (bits + 0x7FFF + (high & 1)) >> 16
@@ -75,10 +76,12 @@ def narrow(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 # ---- in launchers ----------------------------------------------------------------------------------------------------
 def common_dtype(what: str, tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The one dtype of the non-empty tensors, None if all are empty; a kernel reads them all through one pointer type."""
+    """The one dtype of the non-empty tensors (a kernel reads them through one pointer type); None if all are empty."""
     dtypes = {t.dtype for t in tensors if t.numel()}
     if len(dtypes) > 1 or not dtypes <= TL_DTYPES.keys():
-        raise TypeError(f"expected {what} of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}.")
+        raise TypeError(
+            f"expected {what} of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}."
+        )
     return dtypes.pop() if dtypes else None
 
 
@@ -92,8 +95,9 @@ def pointer_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Addresses of the tensors' data -> int64[T] on ``device``; 0 for an empty tensor.
 
     Tables are kept by the addresses in them, so that steps over unmoved tensors copy nothing. A copy is ordered on the
-    stream that made it; another stream makes its own. While a CUDA graph is captured nothing may be copied from pageable
-    memory: a table of the warm-up serves, whichever stream made it, and is kept for good, since the graph holds its address.
+    stream that made it; another stream makes its own. While a CUDA graph is captured nothing may be copied from
+    pageable memory: the warm-up's table serves, whichever stream made it, and is kept for good, since the graph holds
+    its address.
     """
     key = (device, tuple(t.data_ptr() if t.numel() else 0 for t in tensors))
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -103,8 +107,8 @@ def pointer_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         if table is None or not (owner == stream or capturing):
             if capturing:
                 raise RuntimeError(
-                    "sparseopt ops captured in a CUDA graph must have run before on the same tensors: run a warm-up step "
-                    "with the tensors (and static gradients) of the graph, then capture."
+                    "sparseopt ops in a CUDA graph must have run on the same tensors before the capture: make a "
+                    "warm-up step with the graph's own parameters and gradients first."
                 )
             table = torch.tensor(key[1], dtype=torch.int64).to(device, non_blocking=True)
         if capturing and not any(table is kept for kept in _captured):

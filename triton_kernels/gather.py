@@ -1,8 +1,9 @@
+# mypy: disable-error-code="no-untyped-def"
 """gather_grads_: compact[entry] (+)= grad[position of the entry], all tensors in one launch.
 
 compact: fp32[N] (fp64[N] for fp64 gradients), arena order; grads: T tensors of one dtype, an empty one is left out.
 
-One program per row of the chunk table (at most 4096 entries). All of a row's loads are in flight together: 16 per thread
+One program per row of the chunk table (at most 4096 entries). A row's loads are all in flight together: 16 per thread
 at 8 warps, enough to hide the latency of a random gather without spilling. Entries of a random mask lie on different
 64-byte lines, so lines touched are the cost; aligned runs read whole lines. Each entry has one writer: deterministic.
 """
@@ -14,9 +15,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from sparseopt.triton_kernels.common import CHUNK, TL_DTYPES, common_dtype, entry_positions, pointer_table, widen
+from torch import Tensor
 
 __all__ = ["gather_grads_"]
 

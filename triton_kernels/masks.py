@@ -1,9 +1,10 @@
+# mypy: disable-error-code="no-untyped-def"
 """Bit-packed masks: pack, unpack, popcount, overlap, packed -> sorted indices.
 
 packed: uint8[ceil(n/8)], little bit order (entry i is bit i % 8 of byte i // 8), unused bits zero.
 
 One program takes a block of consecutive packed bytes, seen as a [BYTES, 8] tile of entries, so that the 8 entries of a
-byte belong to one thread and its load of them is one 8-byte word. All are bound by memory: 1 byte per bool when packing,
+byte belong to one thread and its load of them is one 8-byte word. Memory bounds them all: 1 byte per bool when packing,
 1/8 byte per entry when counting. A mask on a load keeps the compiler from widening it: only the last program has one.
 Counts are integer sums of one partial count per program, and each output has one writer: deterministic.
 """
@@ -91,8 +92,8 @@ def _overlap_kernel(a, b, counts, size, programs, BYTES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["size"])
 def _indices_kernel(packed, ends, indices, size, BYTES: tl.constexpr):
-    """Second pass: an entry's place is the count before its block (``ends``: counts up to and with each block), plus the
-    count before its byte (a scan over the block's bytes), plus the set bits below it in its byte."""
+    """Second pass: an entry's place is the count before its block (``ends``: counts up to and with each block), plus
+    the count before its byte (a scan over the block's bytes), plus the set bits below it in its byte."""
     program = tl.program_id(0).to(tl.int64)
     first = program * BYTES
     i = tl.arange(0, BYTES)

@@ -1,21 +1,23 @@
+# mypy: disable-error-code="no-untyped-def"
 """sparse_adamw_: one AdamW step (decoupled weight decay) on the active entries of all tensors, in two launches.
 
     w <- w * (1 - lr * weight_decay)
     m <- m + (1 - beta1) * (g - m);   v <- beta2 * v + (1 - beta2) * g * g
     w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)          t: age of the entry
 
-params, grads: T tensors of one dtype each; moments ACC[N] in arena order, ACC = fp32 (fp64 for fp64 parameters); residual
-int16[N]; hyper float64[G, 8]; steps fp32[T]; cohorts uint8[N]; births fp32[T, K].
+params, grads: T tensors of one dtype each; moments ACC[N] in arena order, ACC = fp32 (fp64 for fp64 parameters);
+residual int16[N]; hyper float64[G, 8]; steps fp32[T]; cohorts uint8[N]; births fp32[T, K].
 
-1. `_constants_kernel`, one lane per tensor: counts the step and turns the tensor's hyper-parameters into the constants of
-   this step, in float64. lr, step, clip coefficient and the overflow flag stay on the device: nothing is read back and
-   nothing is compiled again when they change.
-2. `_step_kernel`, one program per row of the chunk table (at most 4096 entries, 16 per thread at 8 warps: the loads of all
-   of them are in flight together, which a random gather needs, and registers suffice). Memory bounds it: a random entry
-   moves a 32-byte sector of the weights in and out, its state 12 to 26 bytes.
+1. `_constants_kernel`, one lane per tensor: counts the step and turns the tensor's hyper-parameters into the constants
+   of this step, in float64. lr, step, clip coefficient and the overflow flag stay on the device: nothing is read back
+   and nothing is compiled again when they change. With cohorts, `_corrections_kernel` (one lane per tensor and cohort)
+   makes the step sizes and roots of each age.
+2. `_step_kernel`, one program per row of the chunk table (at most 4096 entries, 16 per thread at 8 warps: the loads of
+   all of them are in flight together, which a random gather needs). Memory bounds it: a random entry moves a 32-byte
+   sector of the weights in and out, and its state once each way.
 
-Products and sums are not contracted, and roots and quotients are correctly rounded, so that results follow PyTorch's to the
-last bits. Each entry has one writer: deterministic.
+Products and sums are not contracted, and roots and quotients are correctly rounded, so that results follow PyTorch's to
+the last bits. Each entry has one writer: deterministic.
 """
 
 from __future__ import annotations
@@ -25,8 +27,6 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from sparseopt.triton_kernels.common import (
     CHUNK,
     INTERPRET,
@@ -37,13 +37,14 @@ from sparseopt.triton_kernels.common import (
     pointer_table,
     widen,
 )
+from torch import Tensor
 
 __all__ = ["sparse_adamw_"]
 
 # Columns of the table of constants, ACC[T, CONSTANTS]:
 # present, decay, 1 - beta1, beta2, 1 - beta2, eps, factor of the gradient, amsgrad, step size, root
 CONSTANTS = tl.constexpr(10)
-TENSORS_PER_PROGRAM = 128
+ROWS_PER_PROGRAM = 128  # of the tables of constants
 
 # As sparseopt.reference.RESIDUAL_LIMIT: rounding a master always returns its weight.
 RESIDUAL_LIMIT = {torch.bfloat16: 2**15 - 1, torch.float16: 2**12 - 1}
@@ -66,24 +67,21 @@ def _store_corrections(out, age, lr, beta1, beta2, correct, valid):
     tl.store(out + 1, root.to(out.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["tensors", "cohort_count"])
+@triton.jit(do_not_specialize=["tensors"])
 def _constants_kernel(
-    params,  # int64 [T], addresses
+    param_addresses,  # int64 [T], addresses
     steps,  # fp32 [T]
     groups,  # int32 [T]
     hyper,  # float64 [G, 8]
-    births,  # fp32 [T, K] or None
     multiplier,  # fp32 [] or None
     skip,  # fp32 [] or None
     constants,  # ACC [T, CONSTANTS]
-    corrections,  # ACC [T, K, 2] or None
     tensors,
-    cohort_count,
     BLOCK: tl.constexpr,
 ):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = t < tensors
-    present = valid & (tl.load(params + t, mask=valid, other=0) != 0)
+    present = valid & (tl.load(param_addresses + t, mask=valid, other=0) != 0)
     if skip is not None:
         present = present & (tl.load(skip + tl.zeros([BLOCK], tl.int32)) == 0)
     step = tl.load(steps + t, mask=valid, other=0) + 1
@@ -112,11 +110,29 @@ def _constants_kernel(
     tl.store(c + 6, factor.to(ACC), mask=valid)
     tl.store(c + 7, amsgrad.to(ACC), mask=valid)
     _store_corrections(c + 8, step, lr, beta1, beta2, correct, valid)
-    if births is not None:
-        for k in range(0, cohort_count):
-            entry = t * cohort_count + k
-            age = tl.maximum(step - tl.load(births + entry, mask=valid, other=0), 1.0)
-            _store_corrections(corrections + entry * 2, age, lr, beta1, beta2, correct, valid)
+
+
+@triton.jit(do_not_specialize=["cohort_count", "pairs"])
+def _corrections_kernel(
+    steps,  # fp32 [T], this step counted
+    groups,  # int32 [T]
+    hyper,  # float64 [G, 8]
+    births,  # fp32 [T, K]
+    corrections,  # ACC [T, K, 2]
+    cohort_count,
+    pairs,  # T * K
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = pair < pairs
+    t = pair // cohort_count
+    h = hyper + tl.load(groups + t, mask=valid, other=0).to(tl.int64) * 8
+    lr = tl.load(h, mask=valid, other=0)
+    beta1 = tl.load(h + 1, mask=valid, other=0)
+    beta2 = tl.load(h + 2, mask=valid, other=0)
+    correct = tl.load(h + 6, mask=valid, other=0) != 0
+    age = tl.load(steps + t, mask=valid, other=1) - tl.load(births + pair, mask=valid, other=0)
+    _store_corrections(corrections + pair * 2, tl.maximum(age, 1.0), lr, beta1, beta2, correct, valid)
 
 
 @triton.jit
@@ -139,8 +155,8 @@ def _divide(x, y):
 
 @triton.jit(do_not_specialize=["cohort_count"])
 def _step_kernel(
-    params,  # int64 [T], addresses
-    grads,  # int64 [T], addresses, or None
+    param_addresses,  # int64 [T], addresses
+    grad_addresses,  # int64 [T], addresses, or None
     compact,  # ACC [N] or None
     indices,  # int32
     chunks,  # int64 [C, 6]
@@ -155,7 +171,7 @@ def _step_kernel(
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     RESIDUAL_LIMIT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BF16_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = chunks + tl.program_id(0).to(tl.int64) * 6
@@ -168,12 +184,12 @@ def _step_kernel(
         entry = tl.load(row + 2) + k  # int64 [BLOCK]
         positions = entry_positions(row, indices, k, valid)
 
-        weights = tl.load(params + tensor).to(tl.pointer_type(PARAM)) + positions
+        weights = tl.load(param_addresses + tensor).to(tl.pointer_type(PARAM)) + positions
         w = widen(tl.load(weights, mask=valid, other=0), ACC)
         if compact is not None:
             g = tl.load(compact + entry, mask=valid, other=0)
         else:
-            grad = tl.load(grads + tensor).to(tl.pointer_type(GRAD))
+            grad = tl.load(grad_addresses + tensor).to(tl.pointer_type(GRAD))
             g = widen(tl.load(grad + positions, mask=valid, other=0), ACC)
         m = tl.load(exp_avg + entry, mask=valid, other=0)
         v = tl.load(exp_avg_sq + entry, mask=valid, other=0)
@@ -186,7 +202,7 @@ def _step_kernel(
         m = m + tl.load(c + 2) * (g - m)
         v = v * tl.load(c + 3) + tl.load(c + 4) * g * g
         second = v
-        if max_exp_avg_sq is not None:
+        if max_exp_avg_sq is not None:  # noqa: SIM102 - decided when compiling; the next line when running
             if tl.load(c + 7) != 0:
                 largest = tl.load(max_exp_avg_sq + entry, mask=valid, other=0)
                 # NaN wins on either side, as in torch.maximum.
@@ -204,7 +220,7 @@ def _step_kernel(
 
         tl.store(exp_avg + entry, m, mask=valid)
         tl.store(exp_avg_sq + entry, v, mask=valid)
-        rounded = narrow(w, PARAM, INTERPRETED)
+        rounded = narrow(w, PARAM, BF16_BITS)
         tl.store(weights, rounded, mask=valid)
         if residual is not None:
             difference = w.to(tl.int32, bitcast=True) - widen(rounded, tl.float32).to(tl.int32, bitcast=True)
@@ -236,28 +252,39 @@ def sparse_adamw_(
         return
     grad_dtype = common_dtype("gradients", grads) or dtype
     device = exp_avg.device
-    cohort_count = births.shape[1] if births is not None else 0
+    tensors = len(params)
     with torch.cuda.device_of(exp_avg):
         # Absent tensors have address 0 in both tables.
         param_table = pointer_table(params, device)
         grad_table = pointer_table(grads, device) if compact_grad is None else None
-        constants = exp_avg.new_empty((len(params), CONSTANTS.value))
-        corrections = exp_avg.new_empty((len(params), cohort_count, 2)) if births is not None else None
-        _constants_kernel[(triton.cdiv(len(params), TENSORS_PER_PROGRAM),)](
+        constants = exp_avg.new_empty((tensors, CONSTANTS.value))
+        _constants_kernel[(triton.cdiv(tensors, ROWS_PER_PROGRAM),)](
             param_table,
             steps,
             groups,
             hyper,
-            births.contiguous() if births is not None else None,
             multiplier,
             skip,
             constants,
-            corrections,
-            len(params),
-            cohort_count,
-            BLOCK=TENSORS_PER_PROGRAM,
+            tensors,
+            BLOCK=ROWS_PER_PROGRAM,
             enable_fp_fusion=False,
         )
+        cohort_count, corrections = 0, None
+        if births is not None:
+            cohort_count = births.shape[1]
+            corrections = exp_avg.new_empty((tensors, cohort_count, 2))
+            _corrections_kernel[(triton.cdiv(births.numel(), ROWS_PER_PROGRAM),)](
+                steps,
+                groups,
+                hyper,
+                births.contiguous(),
+                corrections,
+                cohort_count,
+                births.numel(),
+                BLOCK=ROWS_PER_PROGRAM,
+                enable_fp_fusion=False,
+            )
         if not len(chunks):
             return
         _step_kernel[(len(chunks),)](
@@ -277,7 +304,7 @@ def sparse_adamw_(
             PARAM=TL_DTYPES[dtype],
             GRAD=TL_DTYPES[grad_dtype],
             RESIDUAL_LIMIT=RESIDUAL_LIMIT.get(dtype, 0),
-            INTERPRETED=INTERPRET,
+            BF16_BITS=INTERPRET and dtype == torch.bfloat16,
             BLOCK=CHUNK,
             enable_fp_fusion=False,
             num_warps=8,

@@ -32,7 +32,9 @@ def fingerprint(optimizer: SparseAdamW) -> str:
     """Identifies names, shapes and masks; ``"dense"`` when everything is active."""
     if all(mask is None for mask in optimizer._current_masks().values()):
         return DENSE
-    return optimizer.masks.fingerprint
+    masks = optimizer.masks
+    # Before the first step a full mask may still be written out in bits.
+    return DENSE if masks.active_parameters == masks.total_parameters else masks.fingerprint
 
 
 def state_dict(optimizer: SparseAdamW) -> dict[str, Any]:
@@ -75,19 +77,25 @@ def load_state_dict(optimizer: SparseAdamW, given: dict[str, Any]) -> None:
         entry = given["state"].get(key)
         if entry is None:
             continue
-        if info is None:
+        if info is None and not _is_compact(param, entry):
             saved[name] = Saved(_from_dense(name, param, entry, current[name]))
             continue
         values = {k: v for k, v in entry.items() if isinstance(v, Tensor) and k != "mask"}
         saved[name] = Saved(values)
         masks[name] = entry["mask"].cpu() if "mask" in entry else None
         _check_counts(name, param, values, masks[name])
+    other = None
     if info is not None and info["mask_fingerprint"] != fingerprint(optimizer):
+        other = f"fingerprint {info['mask_fingerprint'][:12]}, this optimizer's is {fingerprint(optimizer)[:12]}"
+    elif info is None:
+        sizes = {name: param.numel() for name, param, _ in pairs}
+        differing = [n for n, mask in masks.items() if not _same_mask(mask, current[n], sizes[n])]
+        other = f"of {differing[0]!r}" if differing else None
+    if other is not None:
         if not optimizer.adopt_masks:
             raise ValueError(
-                f"the optimizer state was saved under another mask (fingerprint {info['mask_fingerprint'][:12]}, this "
-                f"optimizer's is {fingerprint(optimizer)[:12]}); use the same mask, or set adopt_masks=True on the "
-                "optimizer to take the saved one."
+                f"the optimizer state was saved under another mask ({other}); use the same mask, or set adopt_masks=True "
+                "on the optimizer to take the saved one."
             )
         current.update(masks)
     optimizer._arenas, optimizer._slots = [], {}
@@ -138,6 +146,22 @@ def _check_counts(name: str, param: Tensor, values: dict[str, Tensor], mask: Ten
         raise ValueError(f"the saved state of {name!r} has {values['exp_avg'].numel()} entries, expected {expected}.")
 
 
+def _is_compact(param: Tensor, entry: dict[str, Any]) -> bool:
+    """SparseAdamW's own state of a parameter, whose ``sparseopt`` entry was dropped on the way: tools that rebuild state
+    dicts (torch.distributed.checkpoint) keep ``state`` and ``param_groups`` only."""
+    moment = entry.get("exp_avg")
+    flat = isinstance(moment, Tensor) and moment.dim() == 1 and moment.numel() == param.numel() and param.dim() != 1
+    return flat or any(key in entry for key in ("mask", "residual", "cohorts"))
+
+
+def _same_mask(a: Tensor | None, b: Tensor | None, numel: int) -> bool:
+    """Packed masks of one parameter; None and all bits set both mean that everything is active."""
+    if a is None or b is None:
+        bits = b if a is None else a
+        return bits is None or int(functional.popcount(bits)) == numel
+    return torch.equal(a, b)
+
+
 def _from_dense(name: str, param: Tensor, entry: dict[str, Any], mask: Tensor | None) -> dict[str, Tensor]:
     """The active entries of a dense AdamW's state."""
     values = {}
@@ -154,7 +178,7 @@ def _from_dense(name: str, param: Tensor, entry: dict[str, Any], mask: Tensor | 
 
 
 # ---- deepcopy and pickle -----------------------------------------------------------------------------------------------
-PLAIN = ("max_grad_norm", "adopt_masks", "_options", "_names_given", "_grad_norm", "_skipped", "_left")
+PLAIN = ("max_grad_norm", "adopt_masks", "_options", "_names_given", "_grad_norm", "_norm_measured", "_skipped", "_left")
 
 
 def getstate(optimizer: SparseAdamW) -> dict[str, Any]:

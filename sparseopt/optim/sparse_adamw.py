@@ -102,6 +102,7 @@ class SparseAdamW(Optimizer):
         self._dirty = True
         self._capture: GradientCapture | None = None
         self._grad_norm: Tensor | None = None
+        self._norm_measured = False
         self._skipped: Tensor | None = None
         self._left = weights.LeftEntries()
 
@@ -248,7 +249,8 @@ class SparseAdamW(Optimizer):
             norm = torch.linalg.vector_norm(norms)
             if inverse_scale is not None:
                 norm = norm * inverse_scale.to(norm.device)
-            self._grad_norm = norm
+            self.grad_norm_buffer().copy_(norm)
+            self._norm_measured = True
             coefficient = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             multiplier = coefficient if inverse_scale is None else coefficient * inverse_scale.to(norm.device)
             overflow = (~torch.isfinite(norm)).float()
@@ -330,8 +332,15 @@ class SparseAdamW(Optimizer):
         Raises:
             RuntimeError: no step has measured it; give ``max_grad_norm`` (``float("inf")`` measures only).
         """
-        if self._grad_norm is None:
+        if self._grad_norm is None or not self._norm_measured:
             raise RuntimeError("no gradient norm yet: it is measured by step() when max_grad_norm is set (inf measures only).")
+        return self._grad_norm
+
+    def grad_norm_buffer(self) -> Tensor:
+        """The tensor that every measuring step writes the norm into: fp32[], NaN before the first one."""
+        if self._grad_norm is None:
+            device = self.param_groups[0]["params"][0].device
+            self._grad_norm = torch.full((), float("nan"), device=device)
         return self._grad_norm
 
     @property

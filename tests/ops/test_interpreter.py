@@ -1,0 +1,35 @@
+"""The same grid on the Triton kernels, in Triton's interpreter: another process, since Triton chooses at import."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+# Fewer than this would mean that the grid no longer reaches the kernels.
+LEAST = {"test_mask_ops": 130, "test_gather": 270, "test_sparse_adamw": 530, "test_registration": 17, "test_plan": 70}
+
+
+@pytest.mark.parametrize("module", LEAST)
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the process that runs the grid")
+def test_grid_in_the_interpreter(module: str, record_property: Callable[[str, object], None]) -> None:
+    pytest.importorskip("triton")
+    environment = dict(os.environ, TRITON_INTERPRET="1", SPARSEOPT_BACKEND="triton", OMP_NUM_THREADS="1")
+    # -P: the working directory stays off sys.path, so that the installed package is tested.
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "not gpu and not slow", "-p", "no:cacheprovider"]
+    finished = subprocess.run(
+        [*command, "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", str(HERE / f"{module}.py")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", finished.stdout)
+    assert passed is not None
+    record_property("cases", passed[1])
+    assert int(passed[1]) >= LEAST[module]

@@ -1,0 +1,165 @@
+"""``attach``: sparse training in any transformers or TRL trainer, without a subclass.
+
+The trainer creates its optimizer lazily, from ``optimizer_cls_and_kwargs``; attaching sets that to a factory which builds a
+:class:`~sparseopt.SparseAdamW` over the trainer's own decay groups. Two methods of the instance are replaced, because they
+would compute a norm over dense gradients: clipping happens inside the optimizer, over the active entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from sparseopt.masks.maskset import MaskSet, normalize_name
+from sparseopt.optim.sparse_adamw import SparseAdamW
+
+__all__ = ["attach", "sparse_optimizer"]
+
+
+def attach(trainer: Trainer, masks: MaskSet | Mapping[str, Tensor], **sparse_adamw_kwargs: Any) -> None:
+    """Makes a trainer train only the active entries of ``masks``. Call it before ``trainer.train()``.
+
+    Works with ``transformers.Trainer`` and TRL's SFT, DPO and GRPO trainers; resuming from a checkpoint works as always.
+    Parameters with nothing active are frozen while training runs (no gradients are computed for them). The norm over the
+    active entries is logged as ``grad_norm``.
+
+    Args:
+        trainer: a trainer that has not created its optimizer yet.
+        masks: what to train, by parameter name. A tied weight may be named by any of its names.
+        sparse_adamw_kwargs: arguments of :class:`~sparseopt.SparseAdamW`. Defaults come from the training arguments
+            (learning rate, betas, eps, weight decay, ``max_grad_norm``); ``capture_gradients`` is on unless fp16 loss
+            scaling or several processes rule it out.
+
+    Raises:
+        ValueError: the trainer has an optimizer already, or the masks do not fit the model.
+    """
+    if trainer.optimizer is not None:
+        raise ValueError(
+            f"attach() must come before {type(trainer).__name__} has an optimizer; do not pass `optimizers=` and call it "
+            "before train()."
+        )
+    arguments = trainer.args
+    if getattr(arguments, "deepspeed", None):
+        raise ValueError("SparseAdamW does not run under DeepSpeed ZeRO, which owns the optimizer: use DDP or one GPU.")
+    if not isinstance(masks, MaskSet):
+        masks = MaskSet.from_bool(masks)
+    options = {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+        "max_grad_norm": arguments.max_grad_norm if arguments.max_grad_norm > 0 else float("inf"),
+        "capture_gradients": not arguments.fp16 and arguments.world_size == 1,
+        **sparse_adamw_kwargs,
+    }
+    resolve_names(trainer.model, masks)  # errors belong here, not minutes into training
+    adapter = _Adapter(trainer, masks, options)
+
+    class SparseAdamWFactory:
+        """Called by the trainer with the model it will train."""
+
+        def __call__(self, model: nn.Module) -> SparseAdamW:
+            return adapter.create(model)
+
+    trainer.optimizer_cls_and_kwargs = (SparseAdamWFactory, {})
+    replaced = [name for name in ("_clip_grad_norm", "_get_grad_norm") if hasattr(trainer, name)]
+    if "_get_grad_norm" not in replaced:
+        raise ValueError("this transformers release has no Trainer._get_grad_norm; sparseopt needs transformers >= 5.0.")
+    for name in replaced:
+        setattr(trainer, name, adapter.grad_norm)
+    trainer.add_callback(adapter)
+
+
+def sparse_optimizer(trainer: Trainer) -> SparseAdamW:
+    """The SparseAdamW of a trainer that :func:`attach` was called on and that has begun to train."""
+    optimizer = trainer.optimizer
+    while not isinstance(optimizer, SparseAdamW):
+        inner = getattr(optimizer, "optimizer", None)  # accelerate's wrapper
+        if inner is None:
+            raise ValueError("this trainer has no SparseAdamW: call attach() and train() first.")
+        optimizer = inner
+    return optimizer
+
+
+def resolve_names(model: nn.Module, masks: MaskSet) -> MaskSet:
+    """The masks under the names that ``model.named_parameters()`` gives (tied weights have several).
+
+    Raises:
+        ValueError: a mask for a parameter that the model lacks or of another shape, or two masks for one tied weight.
+    """
+    canonical = {id(param): normalize_name(name) for name, param in model.named_parameters()}
+    aliases = {normalize_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    packed: dict[str, Tensor] = {}
+    for name in masks.names:
+        if name not in aliases:
+            known = ", ".join(sorted(aliases)[:3])
+            raise ValueError(f"there is a mask for {name!r}, which {type(model).__name__} does not have (it has {known}, ...).")
+        target, shape = canonical[id(aliases[name])], tuple(aliases[name].shape)
+        if masks.shapes[name] != shape:
+            raise ValueError(f"the mask of {name!r} has shape {masks.shapes[name]}, the parameter {shape}.")
+        if target in packed and not torch.equal(packed[target], masks.packed(name)):
+            raise ValueError(f"{name!r} is tied to {target!r}, but their masks differ: keep one of them.")
+        packed[target] = masks.packed(name)
+    shapes = {canonical[id(p)]: tuple(p.shape) for p in model.parameters()}
+    return MaskSet(packed, {name: shapes[name] for name in packed}, masks.metadata)
+
+
+class _Adapter(TrainerCallback):
+    """What one attached trainer needs: the optimizer's construction, the logged norm, the freezing."""
+
+    def __init__(self, trainer: Trainer, masks: MaskSet, options: dict[str, Any]) -> None:
+        self._trainer, self._masks, self._options = trainer, masks, options
+        self._frozen: list[nn.Parameter] = []
+        self._optimizer: SparseAdamW | None = None
+
+    def create(self, model: nn.Module) -> SparseAdamW:
+        masks = resolve_names(model, self._masks)
+        decay = {normalize_name(n) for n in self._trainer.get_decay_parameter_names(model)}
+        groups: list[dict[str, Any]] = [
+            {"params": [], "weight_decay": self._options.get("weight_decay", self._trainer.args.weight_decay)},
+            {"params": [], "weight_decay": 0.0},
+        ]
+        kept = []
+        unmasked = self._options.get("unmasked", "error")
+        for name, param in model.named_parameters():
+            name = normalize_name(name)
+            active = masks.count(name) if name in masks else (0 if unmasked == "freeze" else param.numel())
+            if not param.requires_grad:
+                if active and name in masks:
+                    raise ValueError(f"the mask selects {active} entries of {name!r}, which is frozen (requires_grad=False).")
+                continue
+            if active == 0:
+                # Nothing of it is trained: spare the backward pass its weight gradient.
+                param.requires_grad_(False)
+                self._frozen.append(param)
+                continue
+            groups[0 if name in decay else 1]["params"].append((name, param))
+            kept.append(name)
+        if not kept:
+            raise ValueError("the masks leave nothing to train: no trainable parameter has an active entry.")
+        if self._frozen and _reentrant_checkpointing(self._trainer):
+            # Reentrant checkpointing loses all gradients when its input needs none, as a frozen embedding's output does.
+            model.enable_input_require_grads()
+        selected = masks.select([name for name in kept if name in masks])
+        options = {k: v for k, v in self._options.items() if k != "weight_decay"}
+        self._optimizer = SparseAdamW([g for g in groups if g["params"]], masks=selected, **options)
+        return self._optimizer
+
+    def grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
+        """What the trainer logs: a tensor that the coming step fills (the trainer asks before the step, reads after)."""
+        assert self._optimizer is not None
+        return self._optimizer.grad_norm_buffer()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing stays changed after training."""
+        for param in self._frozen:
+            param.requires_grad_(True)
+        self._frozen.clear()
+
+
+def _reentrant_checkpointing(trainer: Trainer) -> bool:
+    options = trainer.args.gradient_checkpointing_kwargs or {}
+    return bool(trainer.args.gradient_checkpointing and options.get("use_reentrant", False))

@@ -1,0 +1,323 @@
+"""``sparseopt train dpo``: find or load a mask, train its weights with TRL's DPOTrainer, check, evaluate, report.
+
+The run folder holds everything: ``config.json``, ``mask.safetensors``, ``before.json`` (with the reference's
+log-probabilities), ``metrics.jsonl``, ``checkpoint-N/`` while training, ``trained_entries.safetensors``, ``results.json``,
+``training.png``, ``report.md`` and, if asked for, ``model/``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOConfig, DPOTrainer
+
+import sparseopt as so
+from sparseopt import data, evaluate, models
+from sparseopt._files import atomic_write
+from sparseopt.masks.maskset import granularity_of
+from sparseopt.progress import Progress, announce_device
+from sparseopt.trainers.attach import attach, resolve_names, sparse_optimizer
+from sparseopt.trainers.callbacks import InterruptGuard, MetricsFile, TrainProgress
+from sparseopt.trainers.report import write_report
+from sparseopt.trainers.scoring import gradient_scores
+
+__all__ = ["frozen_digest", "run"]
+
+
+def run(config: dict[str, dict[str, Any]]) -> Path:
+    """Runs a whole sparse DPO job; returns its folder.
+
+    Args:
+        config: the sections of :data:`sparseopt.config.DPO`.
+
+    Raises:
+        KeyboardInterrupt: stopped by the user; a checkpoint was saved and ``training.resume`` continues from it.
+        RuntimeError: an entry outside the mask changed (never, unless something else writes to the model).
+    """
+    began = time.monotonic()
+    training, output = config["training"], config["output"]
+    device = announce_device(training["device"])
+    folder = Path(output["dir"] or f"checkpoints_{models.sanitize_name(config['model']['name'])}_dpo")
+    checkpoint = _prepare_folder(folder, config)
+    set_seed(training["seed"])
+
+    model = models.load_model(
+        config["model"]["name"], config["model"]["dtype"], device, revision=config["model"]["revision"]
+    )
+    tokenizer = models.load_tokenizer(config["model"]["name"], revision=config["model"]["revision"])
+    train_pairs, held_out = _load_pairs(config)
+
+    before = _evaluate(model, tokenizer, held_out, config, "before", folder / "before.json", None)
+    trainer = _make_trainer(model, tokenizer, train_pairs, config, folder)
+    masks = _masks(config, trainer, model, folder)
+    frozen = frozen_digest(model, masks)
+    _say(
+        f"Training {masks.active_parameters:,} of {masks.total_parameters:,} weights "
+        f"({100 * masks.density:.2f}%); everything else stays as it is."
+    )
+
+    _train(trainer, masks, config, folder, checkpoint)
+    optimizer = sparse_optimizer(trainer)
+    changed = [name for name, digest in frozen_digest(model, masks).items() if digest != frozen[name]]
+    if changed:
+        raise RuntimeError(f"entries outside the mask changed in {len(changed)} parameters, first {changed[0]!r}.")
+    optimizer.export_delta().save(folder / "trained_entries.safetensors")
+
+    reference = (torch.tensor(before["chosen_logps"]), torch.tensor(before["rejected_logps"]))
+    after = _evaluate(model, tokenizer, held_out, config, "after", None, reference)
+    if output["save_model"]:
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+    results = {
+        "before": _without_logps(before),
+        "after": _without_logps(after),
+        "active_parameters": masks.active_parameters,
+        "total_parameters": masks.total_parameters,
+        "mask_fingerprint": masks.fingerprint,
+        "mask": {k: v for k, v in masks.metadata.items() if isinstance(v, (str, int, float))},
+        "frozen_entries_bit_identical": True,
+        "optimizer_state_bytes": optimizer.state_bytes(),
+        "gradient_bytes": optimizer.gradient_bytes(),
+        "skipped_steps": optimizer.skipped_steps,
+        "steps": trainer.state.global_step,
+        "seconds": round(time.monotonic() - began, 1),
+        "train_seconds": round(trainer.state.log_history[-1].get("train_runtime", float("nan")), 1),
+        "versions": _versions(device),
+    }
+    atomic_write(folder / "results.json", json.dumps(results, indent=2))
+    write_report(folder, config, results)
+    _say(_summary(results))
+    return folder
+
+
+# ---- folder ------------------------------------------------------------------------------------------------------------
+def _prepare_folder(folder: Path, config: dict[str, dict[str, Any]]) -> str | None:
+    """Makes or checks the run folder; returns the checkpoint to resume from."""
+    record = folder / "config.json"
+    # What may differ between a run and its continuation.
+    comparable = json.loads(json.dumps({k: v for k, v in config.items() if k != "output"}))
+    comparable["training"] = {k: v for k, v in comparable["training"].items() if k not in ("resume", "device")}
+    if config["training"]["resume"]:
+        if not record.is_file():
+            raise FileNotFoundError(f"There is no run to resume in {str(folder)!r}.")
+        earlier = json.loads(record.read_text())
+        for section, keys in comparable.items():
+            for key, value in keys.items():
+                if earlier[section][key] != value:
+                    raise ValueError(
+                        f"{section}.{key} is {value!r}, but the run in {str(folder)!r} began with {earlier[section][key]!r}: "
+                        "resume with the same settings."
+                    )
+        return get_last_checkpoint(str(folder))
+    if folder.exists() and ((folder / "results.json").exists() or get_last_checkpoint(str(folder))):
+        raise ValueError(f"{str(folder)!r} holds a run already: choose another --output_dir, or --resume it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in ("before.json", "mask.safetensors", "metrics.jsonl"):  # of a run that ended before its first checkpoint
+        (folder / leftover).unlink(missing_ok=True)
+    atomic_write(record, json.dumps(comparable, indent=2))
+    return None
+
+
+# ---- data and evaluation -----------------------------------------------------------------------------------------------
+def _load_pairs(config: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training pairs, held-out pairs); no prompt is in both."""
+    settings = config["data"]
+    seed = settings["seed"] if settings["seed"] is not None else config["training"]["seed"]
+    name, n_train, n_eval = settings["name"], settings["n_train"], settings["n_eval"]
+    if name.startswith("reasoning_gym:"):
+        task = name.removeprefix("reasoning_gym:")
+        style = dict(settings["style"])
+        if style.get("example"):
+            style["example"] = tuple(style["example"])
+        options = {"task_config": settings["options"], "style": data.PromptStyle(**style)}
+        return (
+            data.preference_pairs(task, n_train, seed, "train", **options),
+            data.preference_pairs(task, n_eval, seed, "test", **options),
+        )
+    rows = list(data.load_preference_dataset(name))
+    unique = list({json.dumps(row["prompt"]): row for row in rows}.values())
+    if len(unique) < n_eval + 1:
+        raise ValueError(f"{name!r} has {len(unique)} different prompts, too few to hold out data.n_eval={n_eval} of them.")
+    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [unique[i] for i in order]
+    return shuffled[n_eval : n_eval + n_train], shuffled[:n_eval]
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    pairs: list[dict[str, Any]],
+    config: dict[str, dict[str, Any]],
+    when: str,
+    path: Path | None,
+    reference: tuple[Tensor, Tensor] | None,
+) -> dict[str, Any]:
+    """Held-out preferences and greedy answers; kept in ``path``, where a resumed run finds them."""
+    if path is not None and path.is_file():
+        return json.loads(path.read_text())
+    settings = config["evaluation"]
+    with Progress(f"evaluate {when}", len(pairs), unit="pair") as progress:
+        result = evaluate.evaluate_preferences(
+            model, tokenizer, pairs, config["training"]["beta"], reference, settings["batch_size"],
+            progress=lambda done, total: progress.update(completed=done),
+        )  # fmt: skip
+    result = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in result.items()}
+    asked = pairs[: settings["n_generate"]]
+    if asked:
+        with Progress(f"generate {when}", len(asked), unit="answer") as progress:
+            greedy = evaluate.greedy_exact_match(
+                model, tokenizer, asked, settings["max_new_tokens"] or None, settings["batch_size"],
+                progress=lambda done, total: progress.update(completed=done),
+            )  # fmt: skip
+        result["greedy"] = {k: v for k, v in greedy.items() if k != "answers"}
+        result["answers"] = greedy.get("answers", [])[:5]
+    if path is not None:
+        atomic_write(path, json.dumps(result))
+    return result
+
+
+def _without_logps(result: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in result.items() if not k.endswith("_logps")}
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+def _make_trainer(
+    model: PreTrainedModel, tokenizer: Any, pairs: list[dict[str, Any]], config: dict[str, dict[str, Any]], folder: Path
+) -> DPOTrainer:
+    settings, optimizer = config["training"], config["optimizer"]
+    arguments = DPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings["batch_size"],
+        gradient_accumulation_steps=settings["gradient_accumulation_steps"],
+        max_steps=settings["n_steps"],
+        learning_rate=optimizer["learning_rate"],
+        adam_beta1=optimizer["betas"][0],
+        adam_beta2=optimizer["betas"][1],
+        adam_epsilon=optimizer["eps"],
+        weight_decay=optimizer["weight_decay"],
+        max_grad_norm=optimizer["max_grad_norm"],
+        lr_scheduler_type=settings["lr_scheduler"],
+        warmup_steps=settings["warmup_steps"],
+        beta=settings["beta"],
+        loss_type=list(settings["loss_type"]),
+        loss_weights=list(settings["loss_weights"]) or None,
+        max_length=settings["max_length"],
+        logging_steps=settings["logging_steps"],
+        save_strategy="steps" if settings["save_steps"] else "no",
+        save_steps=settings["save_steps"] or 1,
+        save_total_limit=1,
+        seed=settings["seed"],
+        gradient_checkpointing=config["model"]["gradient_checkpointing"],
+        # The reference is the model before training: its log-probabilities once, instead of a second model in memory.
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=4 * settings["batch_size"],
+        bf16=False,
+        fp16=False,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=model.device.type == "cpu",
+    )
+    return DPOTrainer(
+        model=model, args=arguments, train_dataset=data.to_dataset(pairs), processing_class=tokenizer,
+        callbacks=[MetricsFile(folder / "metrics.jsonl")],
+    )  # fmt: skip
+
+
+def _masks(config: dict[str, dict[str, Any]], trainer: DPOTrainer, model: PreTrainedModel, folder: Path) -> so.MaskSet:
+    """Loads, finds or makes the masks; a resumed run takes the one in its folder. Covers every parameter."""
+    settings, kept = config["mask"], folder / "mask.safetensors"
+    if kept.is_file():
+        return so.MaskSet.load(kept)
+    if settings["path"] is not None:
+        found = resolve_names(model, so.MaskSet.load(settings["path"]))
+    elif settings["method"] is None:
+        found = so.MaskSet.full_like(model)
+    else:
+        include, exclude = settings["include"] or None, settings["exclude"] or None
+        # Parameters that are not scored need no memory: one zero, expanded.
+        scores = {name: torch.zeros(()).expand(p.shape) for name, p in model.named_parameters()}
+        if settings["method"] == "gradient":
+            scores.update(gradient_scores(trainer, settings["batches"], include, exclude))
+        else:
+            generator = torch.Generator().manual_seed(config["training"]["seed"])
+            scores = {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}
+        found = so.find_masks(
+            scores, settings["sparsity"], settings["scope"], granularity_of(settings["granularity"]),
+            include=include, exclude=exclude, method=settings["method"],
+            metadata={"base_model": config["model"]["name"], "batches": settings["batches"]},
+        )  # fmt: skip
+    missing = {name: p for name, p in model.named_parameters() if name not in found}
+    if missing:
+        raise ValueError(
+            f"the mask {settings['path']!r} lacks {len(missing)} parameters of the model, such as {next(iter(missing))!r}."
+        )
+    found.save(kept)
+    return found
+
+
+def _train(
+    trainer: DPOTrainer, masks: so.MaskSet, config: dict[str, dict[str, Any]], folder: Path, checkpoint: str | None
+) -> None:
+    settings = config["optimizer"]
+    attach(
+        trainer, masks, capture_gradients=settings["capture_gradients"], master_weights=settings["master_weights"]
+    )
+    guard, progress = InterruptGuard(), TrainProgress()
+    trainer.add_callback(guard)
+    trainer.add_callback(progress)
+    try:
+        with guard:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException as error:
+        progress.close(error)
+        raise
+    if guard.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        _say(f"Stopped after step {trainer.state.global_step}; continue with --resume --output_dir {folder}.")
+        raise KeyboardInterrupt
+
+
+def frozen_digest(model: torch.nn.Module, masks: so.MaskSet) -> dict[str, str]:
+    """SHA-256 of the bits of each parameter with its active entries zeroed: equal digests, identical frozen entries."""
+    result = {}
+    for name, param in model.named_parameters():
+        value = param.detach().masked_fill(masks[name].to(param.device), 0).cpu().contiguous()
+        result[name] = hashlib.sha256(value.view(-1).view(torch.uint8).numpy().data).hexdigest()
+    return result
+
+
+# ---- telling -------------------------------------------------------------------------------------------------------------
+def _versions(device: torch.device) -> dict[str, str]:
+    import transformers
+    import trl
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return {
+        "sparseopt": so.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+        "python": sys.version.split()[0],
+        "device": name,
+    }
+
+
+def _summary(results: dict[str, Any]) -> str:
+    before, after = results["before"], results["after"]
+    text = f"Held-out reward accuracy {before['reward_accuracy']:.3f} -> {after['reward_accuracy']:.3f}"
+    text += f", margin {before['margin']:.2f} -> {after['margin']:.2f}"
+    if "greedy" in after:
+        text += f", greedy exact match {before['greedy']['exact_match']:.2f} -> {after['greedy']['exact_match']:.2f}"
+    return f"{text}. Entries outside the mask: bit-identical."
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

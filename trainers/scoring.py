@@ -1,0 +1,83 @@
+"""Scores of weights from real gradients of a trainer's own loss: what :func:`sparseopt.find_masks` chooses by."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from sparseopt.masks.find import matches
+from sparseopt.progress import Progress
+
+__all__ = ["gradient_scores"]
+
+
+def gradient_scores(
+    trainer: Trainer, batches: int, include: list[str] | None = None, exclude: list[str] | None = None
+) -> dict[str, Tensor]:
+    """Sums squared gradients of the trainer's loss over batches of its training data.
+
+    Every gradient is folded into its score as backward produces it, so dense gradients never coexist. The model is left
+    as it was; its data order and random state too, so that training afterwards is what it would have been.
+
+    Args:
+        trainer: a trainer that has not begun to train.
+        batches: micro-batches to score, at least 1.
+        include, exclude: patterns as in :func:`sparseopt.find_masks`; other parameters need no score and get none
+            (their gradients are not computed).
+
+    Returns:
+        name -> fp32 sum of squared gradients, of the parameter's shape, on its device.
+    """
+    if batches < 1:
+        raise ValueError(f"scoring needs at least 1 batch, got {batches}.")
+    model: Any = trainer.model
+    state = torch.random.get_rng_state()
+    was_training, required = model.training, {p: p.requires_grad for p in model.parameters()}
+    scored = {
+        name: param
+        for name, param in model.named_parameters()
+        if param.requires_grad
+        and (not include or any(matches(name, pattern) for pattern in include))
+        and not any(matches(name, pattern) for pattern in exclude or [])
+    }
+    if not scored:
+        raise ValueError("the include and exclude patterns leave no parameter to score.")
+    scores = {name: torch.zeros_like(param, dtype=torch.float32) for name, param in scored.items()}
+    handles = []
+    for param in model.parameters():
+        param.requires_grad_(False)
+    for name, param in scored.items():
+        param.requires_grad_(True)
+
+        def fold(p: Tensor, score: Tensor = scores[name]) -> None:
+            assert p.grad is not None
+            grad = p.grad.float()
+            score.addcmul_(grad, grad)
+            p.grad = None
+
+        handles.append(param.register_post_accumulate_grad_hook(fold))
+    try:
+        model.train()
+        with Progress("score", batches, unit="batch") as progress:
+            for inputs in itertools.islice(itertools.cycle(trainer.get_train_dataloader()), batches):
+                with trainer.compute_loss_context_manager():
+                    loss = trainer.compute_loss(model, trainer._prepare_inputs(inputs))
+                loss.backward()
+                progress.update(loss=loss.item())
+    finally:
+        for handle in handles:
+            handle.remove()
+        for param, needed in required.items():
+            param.requires_grad_(needed)
+        model.train(was_training)
+        torch.random.set_rng_state(state)
+        # Trainers collect metrics while they compute losses; scoring is not part of training's log.
+        metrics = getattr(trainer, "_metrics", None)
+        if isinstance(metrics, dict):
+            for collected in metrics.values():
+                collected.clear()
+    return scores
