@@ -235,6 +235,7 @@ void run_typed(at::TensorList params, at::TensorList grads, const std::optional<
                const std::optional<at::Tensor>& max_exp_avg_sq, const std::optional<at::Tensor>& residual,
                const std::optional<at::Tensor>& cohorts, const std::optional<at::Tensor>& births, double multiplier) {
   const int64_t tensors = params.size();
+  TORCH_CHECK(compact.has_value() || grads.size() == params.size(), "gradients must match their parameters");
   Job<T, Acc> job;
   job.rows = chunk_rows(chunks);
   job.indices = indices.const_data_ptr<int32_t>();

@@ -75,9 +75,9 @@ def interpreting() -> bool:
 
 @cache
 def _launchers() -> dict[str, Callable[..., Any]]:
-    from sparseopt import triton_kernels
+    from sparseopt.triton_kernels import IMPLEMENTATIONS
 
-    return triton_kernels.IMPLEMENTATIONS
+    return IMPLEMENTATIONS
 
 
 def _register_triton(key: str) -> None:

@@ -46,7 +46,9 @@ DPO: Schema = {
     },
     "data": {
         "name": Setting(
-            "reasoning_gym:word_sequence_reversal", str, "reasoning_gym:TASK, a local JSONL/Parquet file or a Hub dataset"
+            "reasoning_gym:word_sequence_reversal",
+            str,
+            "reasoning_gym:TASK, a local JSONL/Parquet file or a Hub dataset",
         ),
         "n_train": Setting(1000, int, "preference pairs to train on"),
         "n_eval": Setting(200, int, "held-out preference pairs"),

@@ -164,7 +164,9 @@ def sparse_adamw_(
         ("residual", residual, torch.int16),
         ("cohorts", cohorts, torch.uint8),
     ):
-        if buffer is not None and (buffer.shape != (plan.active,) or buffer.dtype != dtype or not buffer.is_contiguous()):
+        if buffer is not None and (
+            buffer.shape != (plan.active,) or buffer.dtype != dtype or not buffer.is_contiguous()
+        ):
             raise ValueError(f"{name} must be a contiguous {dtype}[{plan.active}], got {_describe(buffer)}.")
     if steps.shape != (plan.tensors,) or steps.dtype != torch.float32:
         raise ValueError(f"steps must be float32[{plan.tensors}], got {_describe(steps)}.")
@@ -202,7 +204,9 @@ def _check_packed(function: str, packed: Tensor, numel: int | None) -> None:
 def _check_tensors(what: str, tensors: Sequence[Tensor], plan: IndexPlan, first: int) -> None:
     dtypes = {t.dtype for t in tensors if t.numel()}
     if len(dtypes) > 1 or not dtypes <= set(PARAMETER_DTYPES):
-        raise TypeError(f"expected {what}s of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}.")
+        raise TypeError(
+            f"expected {what}s of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}."
+        )
     for position, tensor in enumerate(tensors, first):
         if tensor.numel() not in (0, plan.numels[position]) or not tensor.is_contiguous():
             raise ValueError(

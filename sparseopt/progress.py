@@ -38,6 +38,10 @@ def format_values(values: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
 
 
+def plural(unit: str) -> str:
+    return unit + ("es" if unit.endswith(("ch", "sh", "s", "x")) else "s")
+
+
 def is_terminal(stream: TextIO) -> bool:
     return stream.isatty()
 
@@ -122,15 +126,15 @@ class Progress:
 
     def _count(self) -> str:
         if self.total is None:
-            return f"{self.completed} {self.unit}{'' if self.completed == 1 else 's'}"
+            return f"{self.completed} {self.unit if self.completed == 1 else plural(self.unit)}"
         percent = 100 * self.completed / self.total if self.total else 100.0
-        return f"{self.completed}/{self.total} {self.unit}{'' if self.total == 1 else 's'} ({percent:.0f}%)"
+        return f"{self.completed}/{self.total} {self.unit if self.total == 1 else plural(self.unit)} ({percent:.0f}%)"
 
     def _rate_text(self) -> str:
         rate = self.rate
         if rate is None:
             return ""
-        return f", {rate:.3g} {self.unit}s/s" if rate >= 1 else f", {1 / rate:.3g} s/{self.unit}"
+        return f", {rate:.3g} {plural(self.unit)}/s" if rate >= 1 else f", {1 / rate:.3g} s/{self.unit}"
 
     def _values_text(self) -> str:
         return f", {format_values(self.values)}" if self.values else ""

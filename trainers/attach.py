@@ -55,7 +55,8 @@ def attach(trainer: Trainer, masks: MaskSet | Mapping[str, Tensor], **sparse_ada
         "capture_gradients": not arguments.fp16 and arguments.world_size == 1,
         **sparse_adamw_kwargs,
     }
-    resolve_names(trainer.model, masks)  # errors belong here, not minutes into training
+    model: Any = trainer.model
+    resolve_names(model, masks)  # errors belong here, not minutes into training
     adapter = _Adapter(trainer, masks, options)
 
     class SparseAdamWFactory:
@@ -64,10 +65,13 @@ def attach(trainer: Trainer, masks: MaskSet | Mapping[str, Tensor], **sparse_ada
         def __call__(self, model: nn.Module) -> SparseAdamW:
             return adapter.create(model)
 
-    trainer.optimizer_cls_and_kwargs = (SparseAdamWFactory, {})
+    factory: Any = SparseAdamWFactory  # a class that is no Optimizer: the trainer calls an instance with its model
+    trainer.optimizer_cls_and_kwargs = (factory, {})
     replaced = [name for name in ("_clip_grad_norm", "_get_grad_norm") if hasattr(trainer, name)]
     if "_get_grad_norm" not in replaced:
-        raise ValueError("this transformers release has no Trainer._get_grad_norm; sparseopt needs transformers >= 5.0.")
+        raise ValueError(
+            "this transformers release has no Trainer._get_grad_norm; sparseopt needs transformers >= 5.0."
+        )
     for name in replaced:
         setattr(trainer, name, adapter.grad_norm)
     trainer.add_callback(adapter)
@@ -96,7 +100,9 @@ def resolve_names(model: nn.Module, masks: MaskSet) -> MaskSet:
     for name in masks.names:
         if name not in aliases:
             known = ", ".join(sorted(aliases)[:3])
-            raise ValueError(f"there is a mask for {name!r}, which {type(model).__name__} does not have (it has {known}, ...).")
+            raise ValueError(
+                f"there is a mask for {name!r}, which {type(model).__name__} does not have (it has {known}, ...)."
+            )
         target, shape = canonical[id(aliases[name])], tuple(aliases[name].shape)
         if masks.shapes[name] != shape:
             raise ValueError(f"the mask of {name!r} has shape {masks.shapes[name]}, the parameter {shape}.")
@@ -129,7 +135,9 @@ class _Adapter(TrainerCallback):
             active = masks.count(name) if name in masks else (0 if unmasked == "freeze" else param.numel())
             if not param.requires_grad:
                 if active and name in masks:
-                    raise ValueError(f"the mask selects {active} entries of {name!r}, which is frozen (requires_grad=False).")
+                    raise ValueError(
+                        f"the mask selects {active} entries of {name!r}, which is frozen (requires_grad=False)."
+                    )
                 continue
             if active == 0:
                 # Nothing of it is trained: spare the backward pass its weight gradient.
@@ -142,7 +150,8 @@ class _Adapter(TrainerCallback):
             raise ValueError("the masks leave nothing to train: no trainable parameter has an active entry.")
         if self._frozen and _reentrant_checkpointing(self._trainer):
             # Reentrant checkpointing loses all gradients when its input needs none, as a frozen embedding's output does.
-            model.enable_input_require_grads()
+            pretrained: Any = model
+            pretrained.enable_input_require_grads()
         selected = masks.select([name for name in kept if name in masks])
         options = {k: v for k, v in self._options.items() if k != "weight_decay"}
         self._optimizer = SparseAdamW([g for g in groups if g["params"]], masks=selected, **options)
@@ -161,5 +170,7 @@ class _Adapter(TrainerCallback):
 
 
 def _reentrant_checkpointing(trainer: Trainer) -> bool:
-    options = trainer.args.gradient_checkpointing_kwargs or {}
-    return bool(trainer.args.gradient_checkpointing and options.get("use_reentrant", False))
+    # Renamed in transformers 5.2x; the old names warn there.
+    prefix = "activation" if hasattr(trainer.args, "activation_checkpointing") else "gradient"
+    options: Any = getattr(trainer.args, f"{prefix}_checkpointing_kwargs") or {}
+    return bool(getattr(trainer.args, f"{prefix}_checkpointing") and options.get("use_reentrant", False))

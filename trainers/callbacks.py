@@ -16,10 +16,12 @@ from sparseopt.progress import Progress
 __all__ = ["InterruptGuard", "MetricsFile", "TrainProgress"]
 
 
+# logged key -> label beside the bar
+SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "grad_norm": "norm"}
+
+
 class TrainProgress(TrainerCallback):
     """A progress bar with the loss and other logged values; takes the place of transformers' own bar."""
-
-    SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "grad_norm": "norm"}
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
@@ -31,7 +33,7 @@ class TrainProgress(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, float] | None = None, **kw: Any) -> None:  # fmt: skip
         if self._progress is not None and logs:
-            values = {label: float(logs[key]) for key, label in self.SHOWN.items() if key in logs}
+            values: dict[str, Any] = {label: float(logs[key]) for key, label in SHOWN.items() if key in logs}
             self._progress.update(completed=state.global_step, **values)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import disable_progress_bars
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
@@ -60,10 +61,7 @@ def run(config: dict[str, dict[str, Any]]) -> Path:
     trainer = _make_trainer(model, tokenizer, train_pairs, config, folder)
     masks = _masks(config, trainer, model, folder)
     frozen = frozen_digest(model, masks)
-    _say(
-        f"Training {masks.active_parameters:,} of {masks.total_parameters:,} weights "
-        f"({100 * masks.density:.2f}%); everything else stays as it is."
-    )
+    _say(f"Training {masks.active_parameters:,} of {masks.total_parameters:,} weights; the others stay as they are.")
 
     _train(trainer, masks, config, folder, checkpoint)
     optimizer = sparse_optimizer(trainer)
@@ -121,7 +119,11 @@ def _prepare_folder(folder: Path, config: dict[str, dict[str, Any]]) -> str | No
     if folder.exists() and ((folder / "results.json").exists() or get_last_checkpoint(str(folder))):
         raise ValueError(f"{str(folder)!r} holds a run already: choose another --output_dir, or --resume it.")
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in ("before.json", "mask.safetensors", "metrics.jsonl"):  # of a run that ended before its first checkpoint
+    for leftover in (
+        "before.json",
+        "mask.safetensors",
+        "metrics.jsonl",
+    ):  # of a run that ended before its first checkpoint
         (folder / leftover).unlink(missing_ok=True)
     atomic_write(record, json.dumps(comparable, indent=2))
     return None
@@ -146,7 +148,9 @@ def _load_pairs(config: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]]
     rows = list(data.load_preference_dataset(name))
     unique = list({json.dumps(row["prompt"]): row for row in rows}.values())
     if len(unique) < n_eval + 1:
-        raise ValueError(f"{name!r} has {len(unique)} different prompts, too few to hold out data.n_eval={n_eval} of them.")
+        raise ValueError(
+            f"{name!r} has {len(unique)} different prompts, too few to hold out data.n_eval={n_eval} of them."
+        )
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [unique[i] for i in order]
     return shuffled[n_eval : n_eval + n_train], shuffled[:n_eval]
@@ -226,10 +230,14 @@ def _make_trainer(
         disable_tqdm=True,
         use_cpu=model.device.type == "cpu",
     )
-    return DPOTrainer(
+    # Its tokenisation bars flash by; the long parts (reference, scoring, training, evaluation) have bars of their own.
+    disable_progress_bars()
+    trainer = DPOTrainer(
         model=model, args=arguments, train_dataset=data.to_dataset(pairs), processing_class=tokenizer,
         callbacks=[MetricsFile(folder / "metrics.jsonl")],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _masks(config: dict[str, dict[str, Any]], trainer: DPOTrainer, model: PreTrainedModel, folder: Path) -> so.MaskSet:
@@ -268,9 +276,7 @@ def _train(
     trainer: DPOTrainer, masks: so.MaskSet, config: dict[str, dict[str, Any]], folder: Path, checkpoint: str | None
 ) -> None:
     settings = config["optimizer"]
-    attach(
-        trainer, masks, capture_gradients=settings["capture_gradients"], master_weights=settings["master_weights"]
-    )
+    attach(trainer, masks, capture_gradients=settings["capture_gradients"], master_weights=settings["master_weights"])
     guard, progress = InterruptGuard(), TrainProgress()
     trainer.add_callback(guard)
     trainer.add_callback(progress)

@@ -65,7 +65,13 @@ def _page(config: dict[str, dict[str, Any]], results: dict[str, Any]) -> str:
         ("reward margin", _interval(before, "margin"), _interval(after, "margin")),
     ]
     if "greedy" in after:
-        rows.append(("greedy exact match", _interval(before["greedy"], "exact_match"), _interval(after["greedy"], "exact_match")))
+        rows.append(
+            (
+                "greedy exact match",
+                _interval(before["greedy"], "exact_match"),
+                _interval(after["greedy"], "exact_match"),
+            )
+        )
     table = "\n".join(f"| {name} | {old} | {new} |" for name, old, new in rows)
     state = results["optimizer_state_bytes"]
     mask = "\n".join(f"- {key}: {value}" for key, value in sorted(results["mask"].items()))

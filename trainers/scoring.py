@@ -65,7 +65,7 @@ def gradient_scores(
         with Progress("score", batches, unit="batch") as progress:
             for inputs in itertools.islice(itertools.cycle(trainer.get_train_dataloader()), batches):
                 with trainer.compute_loss_context_manager():
-                    loss = trainer.compute_loss(model, trainer._prepare_inputs(inputs))
+                    loss: Any = trainer.compute_loss(model, trainer._prepare_inputs(inputs))
                 loss.backward()
                 progress.update(loss=loss.item())
     finally:

@@ -99,6 +99,12 @@ def pointer_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     pageable memory: the warm-up's table serves, whichever stream made it, and is kept for good, since the graph holds
     its address.
     """
+    for position, tensor in enumerate(tensors):
+        # A kernel that follows a wrong address corrupts the process, so direct callers of the ops are checked as well.
+        if tensor.numel() and (tensor.device != device or not tensor.is_contiguous()):
+            raise ValueError(
+                f"tensor {position} must be contiguous on {device}, got strides {tensor.stride()} on {tensor.device}."
+            )
     key = (device, tuple(t.data_ptr() if t.numel() else 0 for t in tensors))
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()

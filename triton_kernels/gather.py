@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from sparseopt.triton_kernels.common import CHUNK, TL_DTYPES, common_dtype, entry_positions, pointer_table, widen
 from torch import Tensor
+
+from sparseopt.triton_kernels.common import CHUNK, TL_DTYPES, common_dtype, entry_positions, pointer_table, widen
 
 __all__ = ["gather_grads_"]
 

@@ -27,6 +27,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from sparseopt.triton_kernels.common import (
     CHUNK,
     INTERPRET,
@@ -37,7 +39,6 @@ from sparseopt.triton_kernels.common import (
     pointer_table,
     widen,
 )
-from torch import Tensor
 
 __all__ = ["sparse_adamw_"]
 
@@ -253,6 +254,8 @@ def sparse_adamw_(
     grad_dtype = common_dtype("gradients", grads) or dtype
     device = exp_avg.device
     tensors = len(params)
+    if compact_grad is None and [g.numel() for g in grads] != [p.numel() for p in params]:
+        raise ValueError("gradients must match their parameters: one of as many entries for each, or a compact buffer.")
     with torch.cuda.device_of(exp_avg):
         # Absent tensors have address 0 in both tables.
         param_table = pointer_table(params, device)

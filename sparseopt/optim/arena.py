@@ -145,7 +145,9 @@ class Arena:
         assert self.hyper is not None
         nothing = self.params[0].new_empty(0)
         # A parameter that is not laid out row by row is updated through a copy: correct, not fast.
-        contiguous = [p.detach().contiguous() if here else nothing for p, here in zip(self.params, present, strict=True)]
+        contiguous = [
+            p.detach().contiguous() if here else nothing for p, here in zip(self.params, present, strict=True)
+        ]
         functional.sparse_adamw_(
             contiguous, grads, self.plan, groups=self.groups, hyper=self.hyper, steps=self.steps, exp_avg=self.exp_avg,
             exp_avg_sq=self.exp_avg_sq, max_exp_avg_sq=self.max_exp_avg_sq, residual=self.residual,

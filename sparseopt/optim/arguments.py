@@ -46,7 +46,9 @@ def resolve_masks(
         return dict.fromkeys(names)
     if isinstance(masks, Sequence):
         if len(masks) != len(params):
-            raise ValueError(f"masks is a list of {len(masks)} for {len(params)} parameters; give one bool tensor for each.")
+            raise ValueError(
+                f"masks is a list of {len(masks)} for {len(params)} parameters; give one bool tensor for each."
+            )
         masks = MaskSet.from_bool(dict(zip(names, masks, strict=True)))
     elif not isinstance(masks, (MaskSet, Mapping)):
         raise TypeError(f"masks must be a MaskSet, a dict, a list of bool tensors or None, got {type(masks).__name__}.")
@@ -72,7 +74,9 @@ def resolve_masks(
     for name, param in zip(names, params, strict=True):
         if name in given:
             if given.shapes[name] != tuple(param.shape):
-                raise ValueError(f"the mask of {name!r} has shape {given.shapes[name]}, the parameter {tuple(param.shape)}.")
+                raise ValueError(
+                    f"the mask of {name!r} has shape {given.shapes[name]}, the parameter {tuple(param.shape)}."
+                )
             result[name] = given.packed(name)
         elif unmasked == "freeze":
             result[name] = torch.zeros((param.numel() + 7) // 8, dtype=torch.uint8)

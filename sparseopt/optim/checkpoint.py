@@ -68,7 +68,9 @@ def load_state_dict(optimizer: SparseAdamW, given: dict[str, Any]) -> None:
     pairs = _match(optimizer, saved_groups)
     info = given.get("sparseopt")
     if info is not None and info["version"] > FORMAT_VERSION:
-        raise ValueError(f"the optimizer state has format {info['version']}, this release reads up to {FORMAT_VERSION}.")
+        raise ValueError(
+            f"the optimizer state has format {info['version']}, this release reads up to {FORMAT_VERSION}."
+        )
 
     current = optimizer._current_masks()
     saved: dict[str, Saved] = {}
@@ -104,7 +106,7 @@ def load_state_dict(optimizer: SparseAdamW, given: dict[str, Any]) -> None:
     if optimizer._capture is not None:
         optimizer._capture.captured.clear()
     for group, saved_group in zip(groups, saved_groups, strict=True):
-        keep = {k: group[k] for k in ("params", "param_names") if k in group}
+        keep: dict[str, Any] = {k: group[k] for k in ("params", "param_names") if k in group}
         group.update({k: v for k, v in saved_group.items() if k not in ("params", "param_names")})
         group.update(keep)
     if info is not None:
@@ -112,8 +114,8 @@ def load_state_dict(optimizer: SparseAdamW, given: dict[str, Any]) -> None:
         optimizer._skipped = torch.tensor(float(skipped)) if skipped else None
     if saved:
         optimizer._build()
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        hook(optimizer)
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
 
 
 def _match(optimizer: SparseAdamW, saved_groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, Any]]:
@@ -164,29 +166,40 @@ def _same_mask(a: Tensor | None, b: Tensor | None, numel: int) -> bool:
 
 def _from_dense(name: str, param: Tensor, entry: dict[str, Any], mask: Tensor | None) -> dict[str, Tensor]:
     """The active entries of a dense AdamW's state."""
-    values = {}
+    values: dict[str, Tensor] = {}
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         if key in entry:
             dense = entry[key]
             if tuple(dense.shape) != tuple(param.shape):
-                raise ValueError(f"the saved {key} of {name!r} has shape {tuple(dense.shape)}, the parameter {tuple(param.shape)}.")
+                raise ValueError(
+                    f"the saved {key} of {name!r} has shape {tuple(dense.shape)}, the parameter {tuple(param.shape)}."
+                )
             flat = dense.detach().reshape(-1)
-            values[key] = flat if mask is None else flat[functional.mask_indices(mask, flat.numel()).long().to(flat.device)]
+            values[key] = (
+                flat if mask is None else flat[functional.mask_indices(mask, flat.numel()).long().to(flat.device)]
+            )
     if "step" in entry:
         values["step"] = torch.as_tensor(entry["step"], dtype=torch.float32)
     return values
 
 
 # ---- deepcopy and pickle -----------------------------------------------------------------------------------------------
-PLAIN = ("max_grad_norm", "adopt_masks", "_options", "_names_given", "_grad_norm", "_norm_measured", "_skipped", "_left")
+PLAIN = (
+    "max_grad_norm",
+    "adopt_masks",
+    "_options",
+    "_names_given",
+    "_grad_norm",
+    "_norm_measured",
+    "_skipped",
+    "_left",
+)
 
 
 def getstate(optimizer: SparseAdamW) -> dict[str, Any]:
     if optimizer._arenas and optimizer._dirty:
         optimizer._build()
-    state = {
-        param: {k: v.clone() for k, v in arena.state(t).items()} for param, (arena, t) in optimizer._slots.items()
-    }
+    state = {param: {k: v.clone() for k, v in arena.state(t).items()} for param, (arena, t) in optimizer._slots.items()}
     result = {name: getattr(optimizer, name) for name in PLAIN}
     result.update(
         defaults=optimizer.defaults, state=state, param_groups=optimizer.param_groups, masks=optimizer._current_masks()
@@ -206,4 +219,3 @@ def setstate(optimizer: SparseAdamW, state: dict[str, Any]) -> None:
         optimizer._capture = GradientCapture(optimizer)
     if optimizer._saved:
         optimizer._build()
-

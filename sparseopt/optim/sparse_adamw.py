@@ -56,6 +56,9 @@ class SparseAdamW(Optimizer):
         TypeError: complex or integer parameters.
     """
 
+    _masks: dict[str, Tensor | None]
+    _capture: GradientCapture | None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -91,16 +94,18 @@ class SparseAdamW(Optimizer):
         self._names_given = all("param_names" in g for g in self.param_groups)
         names = [name for name, _, _ in self._layout()]
         self._masks = resolve_masks(masks, names, [p for _, p, _ in self._layout()], unmasked, self._names_given)
-        self._capture = GradientCapture(self) if capture_gradients else None
+        if capture_gradients:
+            self._capture = GradientCapture(self)
 
     def _reset(self) -> None:
+        """Everything that is not an option: empty, to be built."""
         self._arenas: list[Arena] = []
         self._slots: dict[Tensor, tuple[Arena, int]] = {}
         # What the next build uses: packed masks by name (None: all active) and state by name.
-        self._masks: dict[str, Tensor | None] = {}
+        self._masks = {}
         self._saved: dict[str, Saved] = {}
         self._dirty = True
-        self._capture: GradientCapture | None = None
+        self._capture = None
         self._grad_norm: Tensor | None = None
         self._norm_measured = False
         self._skipped: Tensor | None = None
@@ -109,7 +114,8 @@ class SparseAdamW(Optimizer):
     # ---- parameters and masks ------------------------------------------------------------------------------------------
     def _layout(self) -> list[tuple[str, Tensor, int]]:
         """(name, parameter, group) of every parameter, in order; names without what wrappers add."""
-        result, seen = [], set()
+        result: list[tuple[str, Tensor, int]] = []
+        seen: set[Tensor] = set()
         for g, group in enumerate(self.param_groups):
             names = group.get("param_names")
             for i, param in enumerate(group["params"]):
@@ -135,7 +141,9 @@ class SparseAdamW(Optimizer):
                     continue
                 if masked and self._options["unmasked"] == "error":
                     self.param_groups.pop()
-                    raise ValueError(f"parameter {name!r} was added without a mask; unmasked='dense' would train all of it.")
+                    raise ValueError(
+                        f"parameter {name!r} was added without a mask; unmasked='dense' would train all of it."
+                    )
                 freeze = masked and self._options["unmasked"] == "freeze"
                 self._masks[name] = torch.zeros((param.numel() + 7) // 8, dtype=torch.uint8) if freeze else None
             if self._capture is not None:
@@ -210,7 +218,9 @@ class SparseAdamW(Optimizer):
             if param.numel() and param.data_ptr():
                 first = owner.setdefault((param.device, param.data_ptr()), name)
                 if first != name:
-                    raise ValueError(f"parameters {first!r} and {name!r} share memory (tied weights): pass one of them.")
+                    raise ValueError(
+                        f"parameters {first!r} and {name!r} share memory (tied weights): pass one of them."
+                    )
 
     # ---- the step ------------------------------------------------------------------------------------------------------
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -245,7 +255,9 @@ class SparseAdamW(Optimizer):
         sources = [self._gradients(arena) for arena in self._arenas]
         multiplier = inverse_scale
         if self.max_grad_norm is not None and sources:
-            norms = torch.stack([torch.linalg.vector_norm(a.gradient_buffer()).to(self._arenas[0].device) for a in self._arenas])
+            norms = torch.stack(
+                [torch.linalg.vector_norm(a.gradient_buffer()).to(self._arenas[0].device) for a in self._arenas]
+            )
             norm = torch.linalg.vector_norm(norms)
             if inverse_scale is not None:
                 norm = norm * inverse_scale.to(norm.device)
@@ -333,7 +345,9 @@ class SparseAdamW(Optimizer):
             RuntimeError: no step has measured it; give ``max_grad_norm`` (``float("inf")`` measures only).
         """
         if self._grad_norm is None or not self._norm_measured:
-            raise RuntimeError("no gradient norm yet: it is measured by step() when max_grad_norm is set (inf measures only).")
+            raise RuntimeError(
+                "no gradient norm yet: it is measured by step() when max_grad_norm is set (inf measures only)."
+            )
         return self._grad_norm
 
     def grad_norm_buffer(self) -> Tensor:
@@ -363,7 +377,9 @@ class SparseAdamW(Optimizer):
         correction; dropped ones keep their value. Parameters without a new mask keep theirs.
         """
         if self._capture is not None and self._capture.captured:
-            raise RuntimeError("update_masks() between backward() and step() would lose captured gradients: call it after step().")
+            raise RuntimeError(
+                "update_masks() between backward() and step() would lose captured gradients: call it after step()."
+            )
         self._build()
         params = {name: param for name, param, _ in self._layout()}
         given = masks if isinstance(masks, MaskSet) else MaskSet.from_bool(masks)
@@ -371,7 +387,9 @@ class SparseAdamW(Optimizer):
             if name not in params:
                 raise ValueError(f"a mask came for {name!r}, which is not among the optimizer's parameters.")
             if given.shapes[name] != tuple(params[name].shape):
-                raise ValueError(f"the mask of {name!r} has shape {given.shapes[name]}, the parameter {tuple(params[name].shape)}.")
+                raise ValueError(
+                    f"the mask of {name!r} has shape {given.shapes[name]}, the parameter {tuple(params[name].shape)}."
+                )
         self._left.before_update(self, given)
         self._masks = {name: given.packed(name) for name in given.names}
         self._dirty = True

@@ -86,6 +86,27 @@ def test_autograd_notices_a_step(device: torch.device) -> None:
         loss.backward()
 
 
+def test_raw_ops_refuse_what_would_read_anywhere(device: torch.device) -> None:
+    """Unchecked callers of torch.ops get an error, not an invalid address."""
+    params, grads, *rest = samples("sparse_adamw_", device)[0]
+    strided = torch.randn(2000, device=device)[::2]
+    for bad_params, bad_grads in (
+        (params, []),
+        (params, grads[:1]),
+        (params, [grads[0], grads[1][:0]]),
+        (params, [grads[0], grads[0]]),
+        (params, [strided, grads[1]]),
+        ([strided, params[1]], grads),
+        ([params[0].to(torch.int32), params[1]], grads),
+    ):
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            ops.sparse_adamw_(bad_params, bad_grads, *rest)
+    compact, gathered, *where = samples("gather_grads_", device)[0]
+    for bad in ([strided, gathered[1]], [gathered[0], gathered[1].half()]):
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            ops.gather_grads_(compact, bad, *where)
+
+
 def clone(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
