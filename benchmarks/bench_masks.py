@@ -61,9 +61,14 @@ def same(*runs: Callable[[], Any]) -> Callable[[], None]:
     return check
 
 
-def run(benchmark: Any, case: str, ours: Callable[[], Any], baselines: dict[str, Callable[[], Any]],
-        **bars: dict[str, float]) -> None:  # fmt: skip
-    compare(benchmark, case, ours, baselines, check=same(ours, *baselines.values()), **bars)
+def run(
+    benchmark: Any,
+    case: str,
+    ours: Callable[[], Any],
+    baselines: dict[str, Callable[[], Any]],
+    bars: dict[str, float] | None = None,
+) -> None:
+    compare(benchmark, case, ours, baselines, check=same(ours, *baselines.values()), bars=bars)
 
 
 def test_pack(benchmark: Any, mask: Tensor) -> None:

@@ -90,8 +90,8 @@ def make_mask(case: Case, rows: int) -> Tensor:
     return drawn.repeat_interleave(case.run, dim=1)
 
 
-def dense_step(param: nn.Parameter, clip: bool, **kind: bool) -> tuple[torch.optim.AdamW, Callable[[], None]]:
-    optimizer = torch.optim.AdamW([param], **kind)
+def dense_step(param: nn.Parameter, clip: bool, *, fused: bool) -> tuple[torch.optim.AdamW, Callable[[], None]]:
+    optimizer = torch.optim.AdamW([param], fused=fused, foreach=not fused)
 
     def step() -> None:
         if clip:
@@ -118,7 +118,7 @@ def test_step(benchmark: Any, case: Case) -> None:
         max_grad_norm=NEVER_REACHED if case.clip else None,
     )
     fused, fused_step = dense_step(params[FUSED], case.clip, fused=True)
-    _, foreach_step = dense_step(params[FOREACH], case.clip, foreach=True)
+    _, foreach_step = dense_step(params[FOREACH], case.clip, fused=False)
     eager = EagerSparseAdamW(params[EAGER], mask, case.clip)
 
     def check() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -43,8 +44,6 @@ def run_suite(suite: str, *, rounds: int | None = None, scale: float | None = No
         ValueError: unknown suite.
         RuntimeError: pytest failed: a check between the arms, or pytest-benchmark is missing.
     """
-    import os
-
     if suite not in SUITES:
         raise ValueError(f"unknown benchmark suite {suite!r}; there are {', '.join(SUITES)}.")
     variables = dict(os.environ)
@@ -143,7 +142,9 @@ def merge(summary: Mapping[str, Any], results: Path) -> Path:
         raise ValueError(f"results at {summary['scale']:g} of the full size are not stored.")
     device = f"{summary['environment']['device']} {summary['environment']['threads']} threads"
     path = results / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {"device": device, "suites": {}}
+    stored: dict[str, Any] = {"device": device, "suites": {}}
+    if path.exists():
+        stored = json.loads(path.read_text())
     stored["suites"][summary["suite"]] = {k: v for k, v in summary.items() if k not in ("suite", "scale")}
     atomic_write(path, json.dumps(stored, indent=1) + "\n")
     return path

@@ -41,8 +41,8 @@ SPARSEOPT_INLINE void step_tile(const Constants<Acc>& c, int64_t n, const Acc* _
       const Acc grad = g[i] * c.sign;
       const Acc first = m[i] + c.one_minus_beta1 * (grad - m[i]);
       const Acc second = v[i] * c.beta2 + c.one_minus_beta2 * grad * grad;
-      // Written so that a NaN in `second` is kept, as torch.maximum does.
-      const Acc largest = v_max[i] > second ? v_max[i] : second;
+      // NaN wins on either side, as in torch.maximum.
+      const Acc largest = (v_max[i] > second) | (v_max[i] != v_max[i]) ? v_max[i] : second;
       m[i] = first, v[i] = second, v_max[i] = largest;
       const Acc denominator = std::sqrt(largest) / (kAges ? root[i] : c.root) + c.eps;
       w[i] = w[i] * c.decay - (kAges ? step_size[i] : c.step_size) * (first / denominator);

@@ -151,9 +151,10 @@ def sparse_adamw_(
         if len(dense) != len(params):
             raise ValueError(f"sparse_adamw_ got {len(dense)} gradients for {len(params)} parameters.")
         for position, (param, grad) in enumerate(zip(params, dense, strict=True)):
-            if grad.numel() != param.numel() or not grad.is_contiguous():
+            if grad.numel() != param.numel() or grad.dtype != param.dtype or not grad.is_contiguous():
                 raise ValueError(
-                    f"gradient {position} must be contiguous with {param.numel()} entries, got {_describe(grad)}."
+                    f"gradient {position} must be contiguous with {param.numel()} entries of {param.dtype}, "
+                    f"got {_describe(grad)}."
                 )
     state_dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     for name, buffer, dtype in (
@@ -208,6 +209,8 @@ def _check_tensors(what: str, tensors: Sequence[Tensor], plan: IndexPlan, first:
             f"expected {what}s of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}."
         )
     for position, tensor in enumerate(tensors, first):
+        if tensor.numel() and tensor.device != plan.indices.device:
+            raise ValueError(f"{what} {position} is on {tensor.device}, its index plan on {plan.indices.device}.")
         if tensor.numel() not in (0, plan.numels[position]) or not tensor.is_contiguous():
             raise ValueError(
                 f"{what} {position} must be contiguous with {plan.numels[position]} entries, got {_describe(tensor)}."

@@ -1,4 +1,27 @@
 """Thin adapters over transformers and TRL: ``sparseopt.trainers``."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 if __name__ != "sparseopt.trainers":
     raise ImportError("This folder installs as `sparseopt.trainers`; import it under that name (pip install first).")
+
+if TYPE_CHECKING:
+    from sparseopt.trainers.attach import attach as attach
+    from sparseopt.trainers.attach import sparse_optimizer as sparse_optimizer
+    from sparseopt.trainers.scoring import gradient_scores as gradient_scores
+
+# public name -> module; loaded on first use, since each brings transformers
+_PUBLIC = {
+    "attach": "sparseopt.trainers.attach",
+    "gradient_scores": "sparseopt.trainers.scoring",
+    "sparse_optimizer": "sparseopt.trainers.attach",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'sparseopt.trainers' has no attribute {name!r}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import signal
 import threading
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparseopt._files import atomic_write
 from sparseopt.progress import Progress
 
 __all__ = ["InterruptGuard", "MetricsFile", "TrainProgress"]
@@ -59,9 +62,12 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         # A resumed run repeats the steps after its checkpoint: entries of the interrupted one past it are dropped.
         if self._path.exists():
-            entries = [json.loads(line) for line in self._path.read_text().splitlines()]
-            kept = [entry for entry in entries if entry["step"] <= state.global_step]
-            self._path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= state.global_step]
+            atomic_write(self._path, "".join(f"{line}\n" for line in kept))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # whatever logging_steps: the end is in the file
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, float] | None = None, **kw: Any) -> None:  # fmt: skip
@@ -70,10 +76,19 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
+def _step_of(line: str) -> float:
+    """Step of an entry; infinity for a line that a kill cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
+
+
 class InterruptGuard(TrainerCallback):
     """First Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. Second: stop at once.
 
-    A context manager around ``trainer.train()``; afterwards ``interrupted`` says whether it happened.
+    A context manager around ``trainer.train()``; afterwards ``interrupted`` says whether it happened. After the last step
+    nothing is saved: that is for the caller.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -97,8 +112,13 @@ class InterruptGuard(TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
+        # os.write: a signal may arrive amid a print, which must not be entered twice.
+        os.write(2, b"\nStopping after this step, with a checkpoint; once more to stop at once.\n")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        if self.interrupted:
+        if state.global_step >= state.max_steps:
+            # Done: the caller keeps the outcome. transformers would train a step more when it resumes from here.
+            control.should_save = False
+        elif self.interrupted:
             control.should_training_stop = True
             control.should_save = True

@@ -1,8 +1,8 @@
 """``sparseopt train dpo``: find or load a mask, train its weights with TRL's DPOTrainer, check, evaluate, report.
 
 The run folder holds everything: ``config.json``, ``mask.safetensors``, ``before.json`` (with the reference's
-log-probabilities), ``metrics.jsonl``, ``checkpoint-N/`` while training, ``trained_entries.safetensors``, ``results.json``,
-``training.png``, ``report.md`` and, if asked for, ``model/``.
+log-probabilities), ``metrics.jsonl``, ``checkpoint-N/`` until training is done, ``training.json`` (its cost),
+``trained_entries.safetensors``, ``results.json``, ``training.png``, ``report.md`` and, if asked for, ``model/``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from datasets import disable_progress_bars
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
 import sparseopt as so
@@ -29,7 +28,8 @@ from sparseopt.progress import Progress, announce_device
 from sparseopt.trainers.attach import attach, resolve_names, sparse_optimizer
 from sparseopt.trainers.callbacks import InterruptGuard, MetricsFile, TrainProgress
 from sparseopt.trainers.report import write_report
-from sparseopt.trainers.scoring import gradient_scores
+from sparseopt.trainers.run_folder import RunFolder
+from sparseopt.trainers.scoring import gradient_scores, scored_parameters
 
 __all__ = ["frozen_digest", "run"]
 
@@ -44,37 +44,52 @@ def run(config: dict[str, dict[str, Any]]) -> Path:
         KeyboardInterrupt: stopped by the user; a checkpoint was saved and ``training.resume`` continues from it.
         RuntimeError: an entry outside the mask changed (never, unless something else writes to the model).
     """
-    began = time.monotonic()
+    _check(config)
+    folder = RunFolder(
+        Path(config["output"]["dir"] or f"checkpoints_{models.sanitize_name(config['model']['name'])}_dpo"), config
+    )
+    try:
+        return _run(config, folder)
+    except KeyboardInterrupt:
+        if folder.record.is_file() and not (folder.path / "results.json").is_file():
+            _say(f"Stopped: the same command with --resume --output_dir {folder.path} continues.")
+        raise
+
+
+def _run(config: dict[str, dict[str, Any]], folder: RunFolder) -> Path:
+    began, path = time.monotonic(), folder.path
     training, output = config["training"], config["output"]
     device = announce_device(training["device"])
-    folder = Path(output["dir"] or f"checkpoints_{models.sanitize_name(config['model']['name'])}_dpo")
-    checkpoint = _prepare_folder(folder, config)
     set_seed(training["seed"])
 
     model = models.load_model(
         config["model"]["name"], config["model"]["dtype"], device, revision=config["model"]["revision"]
     )
     tokenizer = models.load_tokenizer(config["model"]["name"], revision=config["model"]["revision"])
+    given = _given_masks(config, model)
     train_pairs, held_out = _load_pairs(config)
+    arguments = _arguments(config, path, device)  # wrong settings show before anything long begins
+    _say(f"Data: {len(train_pairs):,} pairs to train on, {len(held_out):,} held out.")
+    folder.begin(training["resume"])
+    if training["resume"]:
+        where = "its evaluation" if folder.trained else folder.checkpoint.name if folder.checkpoint else "its beginning"
+        _say(f"Resuming the run in {path} from {where}.")
 
-    before = _evaluate(model, tokenizer, held_out, config, "before", folder / "before.json", None)
-    trainer = _make_trainer(model, tokenizer, train_pairs, config, folder)
-    masks = _masks(config, trainer, model, folder)
-    frozen = frozen_digest(model, masks)
-    _say(f"Training {masks.active_parameters:,} of {masks.total_parameters:,} weights; the others stay as they are.")
-
-    _train(trainer, masks, config, folder, checkpoint)
-    optimizer = sparse_optimizer(trainer)
-    changed = [name for name, digest in frozen_digest(model, masks).items() if digest != frozen[name]]
-    if changed:
-        raise RuntimeError(f"entries outside the mask changed in {len(changed)} parameters, first {changed[0]!r}.")
-    optimizer.export_delta().save(folder / "trained_entries.safetensors")
+    before = _evaluate(model, tokenizer, held_out, config, "before", path / "before.json", None)
+    if folder.trained:
+        masks = so.MaskSet.load(path / "mask.safetensors")
+        so.Delta.load(path / "trained_entries.safetensors").apply_(model)
+    else:
+        trainer = _make_trainer(model, tokenizer, train_pairs, arguments)
+        masks = _masks(config, trainer, model, path, given)
+        _train(trainer, masks, config, folder)
+        del trainer  # with the optimizer's state
 
     reference = (torch.tensor(before["chosen_logps"]), torch.tensor(before["rejected_logps"]))
     after = _evaluate(model, tokenizer, held_out, config, "after", None, reference)
     if output["save_model"]:
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
+        model.save_pretrained(path / "model")
+        tokenizer.save_pretrained(path / "model")
     results = {
         "before": _without_logps(before),
         "after": _without_logps(after),
@@ -82,51 +97,39 @@ def run(config: dict[str, dict[str, Any]]) -> Path:
         "total_parameters": masks.total_parameters,
         "mask_fingerprint": masks.fingerprint,
         "mask": {k: v for k, v in masks.metadata.items() if isinstance(v, (str, int, float))},
-        "frozen_entries_bit_identical": True,
-        "optimizer_state_bytes": optimizer.state_bytes(),
-        "gradient_bytes": optimizer.gradient_bytes(),
-        "skipped_steps": optimizer.skipped_steps,
-        "steps": trainer.state.global_step,
+        **json.loads((path / "training.json").read_text()),
         "seconds": round(time.monotonic() - began, 1),
-        "train_seconds": round(trainer.state.log_history[-1].get("train_runtime", float("nan")), 1),
         "versions": _versions(device),
     }
-    atomic_write(folder / "results.json", json.dumps(results, indent=2))
-    write_report(folder, config, results)
+    atomic_write(path / "results.json", json.dumps(results, indent=2, allow_nan=False))
+    write_report(path, config, results)
+    folder.drop_checkpoints()
     _say(_summary(results))
-    return folder
+    return path
 
 
-# ---- folder ------------------------------------------------------------------------------------------------------------
-def _prepare_folder(folder: Path, config: dict[str, dict[str, Any]]) -> str | None:
-    """Makes or checks the run folder; returns the checkpoint to resume from."""
-    record = folder / "config.json"
-    # What may differ between a run and its continuation.
-    comparable = json.loads(json.dumps({k: v for k, v in config.items() if k != "output"}))
-    comparable["training"] = {k: v for k, v in comparable["training"].items() if k not in ("resume", "device")}
-    if config["training"]["resume"]:
-        if not record.is_file():
-            raise FileNotFoundError(f"There is no run to resume in {str(folder)!r}.")
-        earlier = json.loads(record.read_text())
-        for section, keys in comparable.items():
-            for key, value in keys.items():
-                if earlier[section][key] != value:
-                    raise ValueError(
-                        f"{section}.{key} is {value!r}, but the run in {str(folder)!r} began with {earlier[section][key]!r}: "
-                        "resume with the same settings."
-                    )
-        return get_last_checkpoint(str(folder))
-    if folder.exists() and ((folder / "results.json").exists() or get_last_checkpoint(str(folder))):
-        raise ValueError(f"{str(folder)!r} holds a run already: choose another --output_dir, or --resume it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in (
-        "before.json",
-        "mask.safetensors",
-        "metrics.jsonl",
-    ):  # of a run that ended before its first checkpoint
-        (folder / leftover).unlink(missing_ok=True)
-    atomic_write(record, json.dumps(comparable, indent=2))
-    return None
+# What is counted, and the least that makes sense; fewer would mean something else to a library further down.
+_LEAST = {
+    "data": {"n_train": 1, "n_eval": 2},
+    "mask": {"batches": 1},
+    "training": {
+        "n_steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "max_length": 2,
+        "logging_steps": 1, "save_steps": 0,
+    },
+    "evaluation": {"batch_size": 1, "n_generate": 0, "max_new_tokens": 0},
+}  # fmt: skip
+
+
+def _check(config: dict[str, dict[str, Any]]) -> None:
+    """Finds wrong values before anything is loaded."""
+    for section, keys in _LEAST.items():
+        for key, least in keys.items():
+            if config[section][key] < least:
+                raise ValueError(f"{section}.{key} must be at least {least}, got {config[section][key]}.")
+    if not 0 <= config["mask"]["sparsity"] < 1:
+        raise ValueError(f"mask.sparsity must be in [0, 1), such as 0.975, got {config['mask']['sparsity']}.")
+    if len(config["optimizer"]["betas"]) != 2:
+        raise ValueError(f"optimizer.betas must be two numbers, got {config['optimizer']['betas']}.")
 
 
 # ---- data and evaluation -----------------------------------------------------------------------------------------------
@@ -194,11 +197,9 @@ def _without_logps(result: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
-def _make_trainer(
-    model: PreTrainedModel, tokenizer: Any, pairs: list[dict[str, Any]], config: dict[str, dict[str, Any]], folder: Path
-) -> DPOTrainer:
+def _arguments(config: dict[str, dict[str, Any]], folder: Path, device: torch.device) -> DPOConfig:
     settings, optimizer = config["training"], config["optimizer"]
-    arguments = DPOConfig(
+    return DPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=settings["batch_size"],
         gradient_accumulation_steps=settings["gradient_accumulation_steps"],
@@ -228,66 +229,108 @@ def _make_trainer(
         fp16=False,
         report_to=[],
         disable_tqdm=True,
-        use_cpu=model.device.type == "cpu",
+        use_cpu=device.type == "cpu",
     )
+
+
+def _make_trainer(
+    model: PreTrainedModel, tokenizer: Any, pairs: list[dict[str, Any]], arguments: DPOConfig
+) -> DPOTrainer:
     # Its tokenisation bars flash by; the long parts (reference, scoring, training, evaluation) have bars of their own.
     disable_progress_bars()
     trainer = DPOTrainer(
         model=model, args=arguments, train_dataset=data.to_dataset(pairs), processing_class=tokenizer,
-        callbacks=[MetricsFile(folder / "metrics.jsonl")],
+        callbacks=[MetricsFile(Path(arguments.output_dir) / "metrics.jsonl")],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _masks(config: dict[str, dict[str, Any]], trainer: DPOTrainer, model: PreTrainedModel, folder: Path) -> so.MaskSet:
-    """Loads, finds or makes the masks; a resumed run takes the one in its folder. Covers every parameter."""
+def _given_masks(config: dict[str, dict[str, Any]], model: PreTrainedModel) -> so.MaskSet | None:
+    """The masks of ``mask.path``, which must cover every parameter; or checks that the patterns leave some."""
+    settings = config["mask"]
+    if settings["path"] is None:
+        if settings["method"] is not None:
+            scored_parameters(model, settings["include"], settings["exclude"])
+        return None
+    masks = resolve_names(model, so.MaskSet.load(settings["path"]))
+    missing = [name for name, _ in model.named_parameters() if name not in masks]
+    if missing:
+        raise ValueError(
+            f"the mask {settings['path']!r} lacks {len(missing)} parameters of the model, such as {missing[0]!r}."
+        )
+    return masks
+
+
+def _masks(
+    config: dict[str, dict[str, Any]],
+    trainer: DPOTrainer,
+    model: PreTrainedModel,
+    folder: Path,
+    given: so.MaskSet | None,
+) -> so.MaskSet:
+    """The masks of this run: what its folder has already, was given, or is found. They cover every parameter."""
     settings, kept = config["mask"], folder / "mask.safetensors"
     if kept.is_file():
         return so.MaskSet.load(kept)
-    if settings["path"] is not None:
-        found = resolve_names(model, so.MaskSet.load(settings["path"]))
+    if given is not None:
+        masks = given
     elif settings["method"] is None:
-        found = so.MaskSet.full_like(model)
+        masks = so.MaskSet.full_like(model)
     else:
         include, exclude = settings["include"] or None, settings["exclude"] or None
-        # Parameters that are not scored need no memory: one zero, expanded.
-        scores = {name: torch.zeros(()).expand(p.shape) for name, p in model.named_parameters()}
+        found: dict[str, Any] = {"base_model": config["model"]["name"]}
         if settings["method"] == "gradient":
+            # Parameters that are not scored need no memory: one zero, expanded.
+            scores = {name: torch.zeros(()).expand(p.shape) for name, p in model.named_parameters()}
             scores.update(gradient_scores(trainer, settings["batches"], include, exclude))
+            found["batches"] = settings["batches"]
         else:
             generator = torch.Generator().manual_seed(config["training"]["seed"])
             scores = {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}
-        found = so.find_masks(
+        masks = so.find_masks(
             scores, settings["sparsity"], settings["scope"], granularity_of(settings["granularity"]),
-            include=include, exclude=exclude, method=settings["method"],
-            metadata={"base_model": config["model"]["name"], "batches": settings["batches"]},
+            include=include, exclude=exclude, method=settings["method"], metadata=found,
         )  # fmt: skip
-    missing = {name: p for name, p in model.named_parameters() if name not in found}
-    if missing:
-        raise ValueError(
-            f"the mask {settings['path']!r} lacks {len(missing)} parameters of the model, such as {next(iter(missing))!r}."
-        )
-    found.save(kept)
-    return found
+    masks.save(kept)
+    return masks
 
 
-def _train(
-    trainer: DPOTrainer, masks: so.MaskSet, config: dict[str, dict[str, Any]], folder: Path, checkpoint: str | None
-) -> None:
-    settings = config["optimizer"]
+def _train(trainer: DPOTrainer, masks: so.MaskSet, config: dict[str, dict[str, Any]], folder: RunFolder) -> None:
+    """Trains, checks that nothing else moved, and keeps the outcome: ``training.json``, ``trained_entries.safetensors``."""
+    settings, model = config["optimizer"], trainer.model
+    frozen = frozen_digest(model, masks)
+    _say(f"Training {masks.active_parameters:,} of {masks.total_parameters:,} weights; the others stay as they are.")
     attach(trainer, masks, capture_gradients=settings["capture_gradients"], master_weights=settings["master_weights"])
     guard, progress = InterruptGuard(), TrainProgress()
     trainer.add_callback(guard)
     trainer.add_callback(progress)
     try:
         with guard:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
     except BaseException as error:
         progress.close(error)
         raise
-    if guard.interrupted and trainer.state.global_step < trainer.state.max_steps:
-        _say(f"Stopped after step {trainer.state.global_step}; continue with --resume --output_dir {folder}.")
+    state = trainer.state
+    if guard.interrupted and state.global_step < state.max_steps:
+        _say(f"A checkpoint was saved after step {state.global_step} of {state.max_steps}.")
+        raise KeyboardInterrupt
+    changed = [name for name, digest in frozen_digest(model, masks).items() if digest != frozen[name]]
+    if changed:
+        raise RuntimeError(f"entries outside the mask changed in {len(changed)} parameters, first {changed[0]!r}.")
+    optimizer = sparse_optimizer(trainer)
+    cost = {
+        "frozen_entries_bit_identical": True,
+        "optimizer_state_bytes": optimizer.state_bytes(),
+        "gradient_bytes": optimizer.gradient_bytes(),
+        "skipped_steps": optimizer.skipped_steps,
+        "steps": state.global_step,
+        "train_seconds": round(state.log_history[-1]["train_runtime"], 1),
+    }
+    atomic_write(folder.path / "training.json", json.dumps(cost, indent=2))
+    # Last: where this file is, training is done.
+    optimizer.export_delta().save(folder.path / "trained_entries.safetensors")
+    if guard.interrupted:  # during the last step
         raise KeyboardInterrupt
 
 

@@ -30,7 +30,7 @@ def plot_training(entries: list[dict[str, float]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _curve(left, entries, "loss", "tab:blue", "loss")
     left.set(xlabel="step", ylabel="loss", title="Training loss")
-    left.set_ylim(bottom=0)
+    left.set_ylim(bottom=min(0.0, left.get_ylim()[0]))  # some of DPO's losses are negative
     _curve(right, entries, "rewards/margins", "tab:green", "margin")
     right.set(xlabel="step", ylabel="reward margin (nats x beta)", title="Chosen minus rejected reward")
     right.axhline(0, color="0.7", linewidth=0.8)
@@ -77,11 +77,17 @@ def _page(config: dict[str, dict[str, Any]], results: dict[str, Any]) -> str:
     mask = "\n".join(f"- {key}: {value}" for key, value in sorted(results["mask"].items()))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     asked = ", ".join(f"`{answer}`" for answer in after.get("answers", [])) or "none asked for"
+    eligible = results["mask"].get("eligible_parameters", total)
+    training = config["training"]
+    weights = training["loss_weights"] or [1.0] * len(training["loss_type"])
+    loss = " + ".join(f"{w:g} x {name}" for name, w in zip(training["loss_type"], weights, strict=True))
+    pairs = training["batch_size"] * training["gradient_accumulation_steps"]
     return f"""# Sparse DPO of {config["model"]["name"]}
 
-{active:,} of {total:,} weights were trained ({100 * active / total:.2f}%), for {results["steps"]} steps of
-{config["training"]["batch_size"] * config["training"]["gradient_accumulation_steps"]} pairs from `{config["data"]["name"]}`.
-Every other weight is **bit-identical** to the start: compared by SHA-256, parameter by parameter.
+- trained: {active:,} weights, {100 * active / eligible:.2f}% of the {eligible:,} that a mask could choose from
+  ({100 * active / total:.2f}% of all {total:,})
+- everything else is **bit-identical** to the start, compared by SHA-256 parameter by parameter
+- {results["steps"]} steps of {pairs} pairs from `{config["data"]["name"]}`; loss: {loss}
 
 On {after["n"]} held-out pairs, with 95% intervals:
 
@@ -96,16 +102,17 @@ pushing margins can destroy generation. First answers after training: {asked}.
 
 ## Cost
 - whole run {results["seconds"]} s, of which training {results["train_seconds"]} s
-- optimizer state {state / 2**20:.1f} MiB ({8 * total / 2**20:.0f} MiB would be AdamW's two fp32 moments for every weight),
-  gradient buffer {results["gradient_bytes"] / 2**20:.1f} MiB, skipped steps {results["skipped_steps"]}
+- optimizer state {state / 2**20:.1f} MiB (AdamW's two fp32 moments for every weight: {8 * total / 2**20:.0f} MiB);
+  gradient buffer {results["gradient_bytes"] / 2**20:.1f} MiB; skipped steps {results["skipped_steps"]}
 
 ## Mask
 {mask}
 - fingerprint: `{results["mask_fingerprint"]}`
 
 ## Files
-`mask.safetensors` (which weights), `trained_entries.safetensors` (their values: a delta that turns the base model into this
-one), `metrics.jsonl`, `results.json`, `config.json`.
+- `mask.safetensors`: which weights
+- `trained_entries.safetensors`: their values, a delta that turns the base model into this one
+- `metrics.jsonl`, `results.json`, `config.json`
 
 {versions}
 """

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import random
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from sparseopt.masks.find import matches
 from sparseopt.progress import Progress
 
-__all__ = ["gradient_scores"]
+__all__ = ["gradient_scores", "scored_parameters"]
 
 
 def gradient_scores(
@@ -35,17 +39,8 @@ def gradient_scores(
     if batches < 1:
         raise ValueError(f"scoring needs at least 1 batch, got {batches}.")
     model: Any = trainer.model
-    state = torch.random.get_rng_state()
     was_training, required = model.training, {p: p.requires_grad for p in model.parameters()}
-    scored = {
-        name: param
-        for name, param in model.named_parameters()
-        if param.requires_grad
-        and (not include or any(matches(name, pattern) for pattern in include))
-        and not any(matches(name, pattern) for pattern in exclude or [])
-    }
-    if not scored:
-        raise ValueError("the include and exclude patterns leave no parameter to score.")
+    scored = scored_parameters(model, include, exclude)
     scores = {name: torch.zeros_like(param, dtype=torch.float32) for name, param in scored.items()}
     handles = []
     for param in model.parameters():
@@ -60,12 +55,14 @@ def gradient_scores(
             p.grad = None
 
         handles.append(param.register_post_accumulate_grad_hook(fold))
+    loader = trainer.get_train_dataloader()
+    tokens = getattr(trainer, "_total_train_tokens", None)
     try:
         model.train()
-        with Progress("score", batches, unit="batch") as progress:
-            for inputs in itertools.islice(itertools.cycle(trainer.get_train_dataloader()), batches):
+        with _random_state_kept(model.device), Progress("score", batches, unit="batch") as progress:
+            for inputs in itertools.islice(_endless(loader), batches):
                 with trainer.compute_loss_context_manager():
-                    loss: Any = trainer.compute_loss(model, trainer._prepare_inputs(inputs))
+                    loss = trainer.compute_loss(model, trainer._prepare_inputs(inputs))
                 loss.backward()
                 progress.update(loss=loss.item())
     finally:
@@ -74,10 +71,53 @@ def gradient_scores(
         for param, needed in required.items():
             param.requires_grad_(needed)
         model.train(was_training)
-        torch.random.set_rng_state(state)
+        if hasattr(loader, "end"):
+            loader.end()  # accelerate still takes a loader that was left half-way for the active one
         # Trainers collect metrics while they compute losses; scoring is not part of training's log.
         metrics = getattr(trainer, "_metrics", None)
         if isinstance(metrics, dict):
             for collected in metrics.values():
                 collected.clear()
+        if tokens is not None:
+            trainer._total_train_tokens = tokens  # type: ignore[attr-defined]
     return scores
+
+
+def scored_parameters(
+    model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """The trainable parameters that include and exclude patterns leave, by name.
+
+    Raises:
+        ValueError: they leave none.
+    """
+    scored = {
+        name: param
+        for name, param in model.named_parameters()
+        if param.requires_grad
+        and (not include or any(matches(name, pattern) for pattern in include))
+        and not any(matches(name, pattern) for pattern in exclude or [])
+    }
+    if not scored:
+        raise ValueError(
+            f"the patterns (include {include or 'all'}, exclude {exclude or 'none'}) leave no parameter to choose from."
+        )
+    return scored
+
+
+def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of the loader, over and over."""
+    while True:
+        yield from loader
+
+
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Python's, numpy's and torch's random states are put back: data order and dropout use them."""
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 (the state that libraries share)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)  # noqa: NPY002

@@ -55,8 +55,11 @@ class GradientCapture:
                 "capture_gradients=True under torch.distributed is not supported yet: gradients would be captured before "
                 "they are averaged over ranks. Set capture_gradients=False."
             )
-        optimizer._build()
-        self._take(optimizer, param)
+        home = optimizer._slots.get(param)
+        if optimizer._dirty or home is None or home[0].device != param.device or home[0].dtype != param.dtype:
+            optimizer._build()  # compares all parameters: not at every hook
+        if param in optimizer._slots:  # else it was taken out of its group
+            self._take(optimizer, param)
 
     def _take(self, optimizer: SparseAdamW, param: Tensor) -> None:
         arena, tensor = optimizer._slots[param]
@@ -69,6 +72,23 @@ class GradientCapture:
             arena.gather(tensor, grad.detach(), accumulate=param in self.captured)
         param.grad = None
         self.captured.add(param)
+
+    def pending(self) -> dict[str, Tensor]:
+        """Captured gradients that no step has consumed, by parameter name: compact, in the state's dtype."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        homes = [optimizer._slots[param] for param in self.captured]
+        return {arena.names[t]: arena.gradient_buffer()[arena.plan.arena(t)] for arena, t in homes}
+
+    def restore(self, pending: dict[str, Tensor]) -> None:
+        """Hands pending gradients to the arenas that replaced the ones they were captured in."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        self.captured.clear()
+        for param, (arena, t) in optimizer._slots.items():
+            if arena.names[t] in pending:
+                arena.gradient_buffer()[arena.plan.arena(t)] = pending[arena.names[t]].to(arena.device)
+                self.captured.add(param)
 
     def take_dense(self) -> None:
         """Captures gradients that somebody put into ``param.grad`` by hand."""

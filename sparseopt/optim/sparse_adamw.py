@@ -128,10 +128,16 @@ class SparseAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch. Under masks, its parameters follow ``unmasked``; see :meth:`update_masks`."""
         super().add_param_group(param_group)
-        check_hyperparameters({**self.defaults, **self.param_groups[-1]})
-        for param in self.param_groups[-1]["params"]:
-            if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                raise TypeError(f"SparseAdamW trains fp32, bf16, fp16 and fp64 parameters, got one of {param.dtype}.")
+        try:
+            check_hyperparameters(self.param_groups[-1])
+            for param in self.param_groups[-1]["params"]:
+                if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                    raise TypeError(
+                        f"SparseAdamW trains fp32, bf16, fp16 and fp64 parameters, got one of {param.dtype}."
+                    )
+        except (TypeError, ValueError):
+            self.param_groups.pop()  # a refused group leaves the optimizer as it was
+            raise
         self._dirty = True
         if hasattr(self, "_names_given"):  # after construction
             known = {name: mask for name, mask in self._current_masks().items()}
@@ -174,10 +180,15 @@ class SparseAdamW(Optimizer):
         self._build()
 
     def _build(self) -> None:
-        """(Re)builds the arenas after construction, new groups, new masks, loading, or a move to another device."""
+        """(Re)builds the arenas after construction, new masks, loading, or whatever changed groups or parameters.
+
+        FSDP2 puts other tensors into the groups, models move to other devices and dtypes: state and captured gradients
+        follow by name.
+        """
         layout = self._layout()
-        if not self._dirty and all(self._slots[p][0].device == p.device and self._slots[p][0].dtype == p.dtype
-                                   for _, p, _ in layout):  # fmt: skip
+        amsgrad = any(group["amsgrad"] for group in self.param_groups)
+        built = (amsgrad, [(id(p), g, p.device, p.dtype) for _, p, g in layout])
+        if not self._dirty and built == self._built:
             return
         self._refuse_shared_storage(layout)
         masks = self._current_masks()
@@ -185,7 +196,7 @@ class SparseAdamW(Optimizer):
         buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, (_, param, _) in enumerate(layout):
             buckets.setdefault((param.device, param.dtype), []).append(i)
-        amsgrad = any(group["amsgrad"] for group in self.param_groups)
+        pending = {} if self._capture is None else self._capture.pending()
         arenas, slots = [], {}
         for members in buckets.values():
             names, params, groups = zip(*(layout[i] for i in members), strict=True)
@@ -199,8 +210,13 @@ class SparseAdamW(Optimizer):
                 slots[params[t]] = (arena, t)
             arenas.append(arena)
         self._arenas, self._slots, self._masks, self._saved, self._dirty = arenas, slots, {}, {}, False
+        self._built = built
+        self.state.clear()
         for param, (arena, t) in slots.items():
             self.state[param] = arena.state(t)
+        if self._capture is not None:
+            self._capture.arm()
+            self._capture.restore(pending)
 
     def _extract(self) -> dict[str, Saved]:
         """The state as it stands, by name; positions only where a new mask is waiting."""

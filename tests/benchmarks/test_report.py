@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sparseopt.benchmarks import report
 
 from sparseopt import FormatError
+from sparseopt.benchmarks import report
 
 ENVIRONMENT = {"device": "Some CPU (R) 3.0", "cores": 2, "threads": 2, "torch": "2.13"}
 
