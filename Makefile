@@ -85,9 +85,7 @@ slow: $(STAMPS)/dev ## the slow tests: whole pipelines on a real model, packagin
 	$(BIN)/pytest -m "slow and not gpu" -rs --junitxml=$(REPORTS)/slow.xml $(PYTEST_ARGS)
 
 bench: $(STAMPS)/dev ## benchmarks beside their baselines; writes benchmarks/results and benchmarks/README.md
-	@$(BIN)/sparseopt bench optimizer
-	$(BIN)/sparseopt bench masks
-	$(BIN)/sparseopt bench report
+	@$(BIN)/python -P -m sparseopt.benchmarks.report --run optimizer --run masks
 
 lint: $(STAMPS)/dev ## ruff: errors and format
 	@$(BIN)/ruff check .

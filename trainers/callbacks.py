@@ -40,7 +40,7 @@ class TrainProgress(TrainerCallback):
             self._progress.update(completed=state.global_step, **values)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        if self._progress is not None:
+        if self._progress is not None and not control.should_log:  # the log entry of this step follows
             self._progress.update(completed=state.global_step)
 
     def close(self, error: BaseException | None = None) -> None:

@@ -18,6 +18,7 @@ import torch
 from datasets import disable_progress_bars
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, set_seed
+from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
 import sparseopt as so
@@ -58,6 +59,8 @@ def run(config: dict[str, dict[str, Any]]) -> Path:
 
 def _run(config: dict[str, dict[str, Any]], folder: RunFolder) -> Path:
     began, path = time.monotonic(), folder.path
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # its bars of an instant would fill a log
     training, output = config["training"], config["output"]
     device = announce_device(training["device"])
     set_seed(training["seed"])
@@ -240,9 +243,11 @@ def _make_trainer(
     disable_progress_bars()
     trainer = DPOTrainer(
         model=model, args=arguments, train_dataset=data.to_dataset(pairs), processing_class=tokenizer,
-        callbacks=[MetricsFile(Path(arguments.output_dir) / "metrics.jsonl")],
+        callbacks=[MetricsFile(Path(str(arguments.output_dir)) / "metrics.jsonl")],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
+    # With every checkpoint TRL writes a model card into the run folder, which has a report instead.
+    trainer.create_model_card = lambda *args, **kwargs: None  # type: ignore[method-assign]
     return trainer
 
 
@@ -298,7 +303,8 @@ def _masks(
 
 def _train(trainer: DPOTrainer, masks: so.MaskSet, config: dict[str, dict[str, Any]], folder: RunFolder) -> None:
     """Trains, checks that nothing else moved, and keeps the outcome: ``training.json``, ``trained_entries.safetensors``."""
-    settings, model = config["optimizer"], trainer.model
+    settings = config["optimizer"]
+    model: Any = trainer.model
     frozen = frozen_digest(model, masks)
     _say(f"Training {masks.active_parameters:,} of {masks.total_parameters:,} weights; the others stay as they are.")
     attach(trainer, masks, capture_gradients=settings["capture_gradients"], master_weights=settings["master_weights"])

@@ -59,10 +59,14 @@ def gradient_scores(
     tokens = getattr(trainer, "_total_train_tokens", None)
     try:
         model.train()
-        with _random_state_kept(model.device), Progress("score", batches, unit="batch") as progress:
+        with (
+            _checkpointing(trainer),
+            _random_state_kept(model.device),
+            Progress("score", batches, unit="batch") as progress,
+        ):
             for inputs in itertools.islice(_endless(loader), batches):
                 with trainer.compute_loss_context_manager():
-                    loss = trainer.compute_loss(model, trainer._prepare_inputs(inputs))
+                    loss: Any = trainer.compute_loss(model, trainer._prepare_inputs(inputs))
                 loss.backward()
                 progress.update(loss=loss.item())
     finally:
@@ -108,7 +112,26 @@ def scored_parameters(
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:
     """The batches of the loader, over and over."""
     while True:
-        yield from loader
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("the training data gives no batch to score.")
+
+
+@contextlib.contextmanager
+def _checkpointing(trainer: Trainer) -> Iterator[None]:
+    """Recomputes activations where training will, so that scoring fits where training fits."""
+    model: Any = trainer.model
+    if not trainer.args.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", True):
+        yield
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
 
 
 @contextlib.contextmanager

@@ -105,6 +105,8 @@ class SparseAdamW(Optimizer):
         self._masks = {}
         self._saved: dict[str, Saved] = {}
         self._dirty = True
+        # What the arenas were built for: amsgrad, and (id, group, device, dtype) of every parameter.
+        self._built: tuple[bool, list[tuple[int, int, torch.device, torch.dtype]]] | None = None
         self._capture = None
         self._grad_norm: Tensor | None = None
         self._norm_measured = False

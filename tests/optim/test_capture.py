@@ -240,6 +240,22 @@ def test_an_added_group_is_captured_too() -> None:
     assert not torch.equal(extra.weight, before)
 
 
+@pytest.mark.parametrize("change", ["group", "dtype"])
+def test_what_was_captured_survives_a_change_before_the_step(change: str) -> None:
+    model, other = make_model(), make_model()
+    opts = optimizer_for(model, unmasked="dense"), optimizer_for(other, unmasked="dense")
+    for target, opt in zip((model, other), opts, strict=True):
+        loss_of(target, 0).backward()
+        if target is model and change == "group":
+            opt.add_param_group({"params": [("late", nn.Parameter(torch.zeros(3)))]})
+        if target is model and change == "dtype":
+            target.double()
+        opt.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=1e-6, atol=1e-7)
+        assert opts[0].state[a]["step"] == opts[1].state[b]["step"]
+
+
 def test_gradients_set_by_hand_are_taken() -> None:
     model = make_model()
     dense = copy.deepcopy(model)

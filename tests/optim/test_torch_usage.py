@@ -72,6 +72,49 @@ def test_add_param_group_between_steps() -> None:
     assert_same(ours, theirs)
 
 
+def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
+    params = make_params()
+    opt = so.SparseAdamW(params[:1])
+    for group, error in (({"lr": -1.0}, ValueError), ({"params": [torch.zeros(2, dtype=torch.complex64)]}, TypeError)):
+        with pytest.raises(error):
+            opt.add_param_group({"params": params[1:], **group})
+    assert len(opt.param_groups) == 1
+    train(opt, params, range(1))
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_parameters_replaced_inside_their_group_keep_their_state(capture: bool) -> None:
+    """FSDP2 and some quantisation tools put new tensors into param_groups; names say which is which."""
+    runs = []
+    for replace in (False, True):
+        params = make_params()
+        named = [(f"p{i}", p) for i, p in enumerate(params)]
+        opt = so.SparseAdamW(named, masks={n: p > 0 for n, p in named}, lr=0.1, capture_gradients=capture)
+        train(opt, params, range(3))
+        opt.zero_grad()
+        if replace:
+            params = opt.param_groups[0]["params"] = [nn.Parameter(p.detach().clone()) for p in params]
+        for _ in range(2):
+            sum((p**2).sum() for p in params).backward()
+            opt.step()  # takes the first gradients of the new tensors as they are, and hooks them
+            assert all((p.grad is None) == capture for p in params)
+            opt.zero_grad()
+        assert set(opt.state) == set(params)
+        runs.append(params)
+    assert_same(*runs)
+
+
+def test_a_parameter_taken_out_of_its_group_is_left_alone() -> None:
+    params = make_params()
+    opt = so.SparseAdamW(params, lr=0.1)
+    train(opt, params, range(1))
+    gone = opt.param_groups[0]["params"].pop()
+    before = gone.detach().clone()
+    train(opt, params, range(1, 3))
+    assert torch.equal(gone, before)
+    assert opt.state[params[0]]["step"].item() == 3
+
+
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
