@@ -74,7 +74,7 @@ install: $(STAMPS)/dev ## .venv with everything, tests included
 
 # ---- jobs ------------------------------------------------------------------------------------------------------------
 demo: $(STAMPS)/demo ## sparse DPO of a real model, CPU, a few minutes; results in a run folder
-	@$(BIN)/sparseopt train dpo --config configs/quickstart.yaml
+	@$(BIN)/sparseopt train dpo --config configs/quickstart.yaml --output_dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: lint types $(STAMPS)/dev ## lint, types, and the tests that are not slow
 	@mkdir -p $(REPORTS)

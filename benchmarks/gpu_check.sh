@@ -11,7 +11,7 @@ python3 -P -m sparseopt doctor 2>&1 | tee "$out/doctor.txt"
 pytest -q -m gpu tests/ops -p no:cacheprovider --timeout=500 --junitxml="$out/gpu-tests.xml" > "$out/gpu-tests.txt" 2>&1
 status=$?
 tail -5 "$out/gpu-tests.txt"
-python3 -P -m sparseopt.benchmarks.gpu_optimizer "$out/gpu_optimizer.json" || status=1
+python3 -P -m sparseopt.benchmarks.gpu_optimizer "$out" || status=1
 if command -v compute-sanitizer > /dev/null; then
   timeout 240 compute-sanitizer --tool memcheck --error-exitcode 9 --log-file "$out/memcheck.txt" \
     python3 -m pytest -q -m gpu tests/ops -p no:cacheprovider -k "cuda and 1025 and not compile" 2>&1 | tail -3

@@ -1,6 +1,6 @@
 """One optimizer step on a CUDA GPU: one tensor of 525 M bf16 parameters, as users run it (Python included).
 
-python -m sparseopt.benchmarks.gpu_optimizer [OUTPUT.json]
+python -m sparseopt.benchmarks.gpu_optimizer [FOLDER]     writes FOLDER/<device>.json, as sparseopt.benchmarks.report reads it
 
 Arms are timed in turns with CUDA events, medians of 20 rounds after 5 of warm-up. Before anything is timed, a step of each
 sparse arm is compared with the plain-PyTorch reference on the device; a difference ends the program.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -54,8 +55,10 @@ def check(density: float, run: int, clip: float | None) -> None:
     torch.testing.assert_close(param.detach()[active], alone.detach().bfloat16(), rtol=2**-7, atol=1e-6)
 
 
-def time_in_turns(arms: dict[str, Callable[[], Any]], rounds: int = 20, warm_up: int = 5) -> dict[str, list[float]]:
-    """name -> [20%, median, 80%] in milliseconds."""
+def time_in_turns(
+    arms: dict[str, Callable[[], Any]], rounds: int = 20, warm_up: int = 5
+) -> dict[str, dict[str, float]]:
+    """name -> median, p20 and p80 in milliseconds."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(warm_up + rounds):
         for name, arm in arms.items():
@@ -68,15 +71,23 @@ def time_in_turns(arms: dict[str, Callable[[], Any]], rounds: int = 20, warm_up:
                 times[name].append(begin.elapsed_time(end))
     result = {}
     for name, values in times.items():
-        quantiles = statistics.quantiles(values, n=5)
-        result[name] = [round(quantiles[0], 4), round(statistics.median(values), 4), round(quantiles[3], 4)]
+        cuts = statistics.quantiles(values, n=5)
+        result[name] = {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
     return result
 
 
-def main(output: str | None = None) -> None:
+def case(
+    times: dict[str, dict[str, float]], ours: str, baselines: list[str], facts: dict[str, float]
+) -> dict[str, Any]:
+    """One row of the report: our times, each baseline's with its ratio."""
+    mine = times[ours]
+    beside = {name: {**times[name], "ratio": times[name]["median"] / mine["median"]} for name in baselines}
+    return {"rounds": 20, "sparseopt": mine, "baselines": beside, "facts": facts, "bars": {}}
+
+
+def main(folder: str | None = None) -> None:
     param = nn.Parameter(torch.randn(N, device="cuda").bfloat16())
     param.grad = torch.randn(N, device="cuda").bfloat16()
-    rows: dict[str, Any] = {}
     fused, foreach = torch.optim.AdamW([param], fused=True), torch.optim.AdamW([param])
 
     def fused_clipped() -> None:
@@ -86,6 +97,7 @@ def main(output: str | None = None) -> None:
     baselines: dict[str, Callable[[], Any]] = {
         "torch fused": fused.step, "torch default": foreach.step, "torch fused + clip": fused_clipped,
     }  # fmt: skip
+    cases: dict[str, Any] = {}
     for label, density, run in CASES:
         for clip in (None, 1.0):
             check(density, run, clip)
@@ -93,33 +105,32 @@ def main(output: str | None = None) -> None:
         plain = so.SparseAdamW([("p", param)], masks=masks)
         clipped = so.SparseAdamW([("p", param)], masks=masks, max_grad_norm=1e9)
         times = time_in_turns({**baselines, "sparse": plain.step, "sparse + clip": clipped.step})
-        rows[label] = {
-            "ms": times,
-            "active": plain.active_parameters,
-            "state_bytes": plain.state_bytes(),
-            "vs fused": round(times["torch fused"][1] / times["sparse"][1], 2),
-            "vs default": round(times["torch default"][1] / times["sparse"][1], 2),
-            "clipped vs fused + clip": round(times["torch fused + clip"][1] / times["sparse + clip"][1], 2),
-        }
-        print(label, json.dumps(rows[label]), flush=True)
+        facts = {"state_bytes": plain.state_bytes(), "active": plain.active_parameters}
+        cases[label] = case(times, "sparse", ["torch fused", "torch default"], facts)
+        cases[f"{label}, clipping"] = case(times, "sparse + clip", ["torch fused + clip"], facts)
+        print(label, {name: round(value["median"], 3) for name, value in times.items()}, flush=True)
         del plain, clipped
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     import triton
 
-    result = {
-        "device": torch.cuda.get_device_name(),
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    device = torch.cuda.get_device_name()
+    environment = {
+        "device": device,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "sparseopt": so.__version__,
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-        "command": "python -m sparseopt.benchmarks.gpu_optimizer",
-        "parameters": N,
-        "dtype": "bfloat16",
-        "cases": rows,
     }
-    if output:
-        Path(output).write_text(json.dumps(result, indent=2) + "\n")
+    suite = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() or "unknown",
+        "command": "python -m sparseopt.benchmarks.gpu_optimizer",
+        "environment": environment,
+        "cases": cases,
+    }
+    if folder:
+        name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        stored = {"device": device, "suites": {"optimizer, 525 M bf16 parameters": suite}}
+        Path(folder, f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def render(results: Path, readme: Path) -> None:
     for path in sorted(results.glob("*.json")):
         stored = json.loads(path.read_text())
         parts.append(f"### {stored['device']}")
-        parts += [_section(suite, stored["suites"][suite]) for suite in SUITES if suite in stored["suites"]]
+        parts += [_section(suite, run) for suite, run in stored["suites"].items()]
     body = "\n\n".join(parts) or "No results are stored."
     atomic_write(readme, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
 
