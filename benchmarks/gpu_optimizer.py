@@ -14,7 +14,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def time_in_turns(
 
 
 def case(
-    times: dict[str, dict[str, float]], ours: str, baselines: list[str], facts: dict[str, float]
+    times: dict[str, dict[str, float]], ours: str, baselines: list[str], facts: Mapping[str, float]
 ) -> dict[str, Any]:
     """One row of the report: our times, each baseline's with its ratio."""
     mine = times[ours]

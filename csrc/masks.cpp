@@ -46,6 +46,8 @@ void unpack_portable(const uint8_t* packed, uint8_t* bools, int64_t bytes) {
 __attribute__((target("avx512bw"))) void pack_avx512(const uint8_t* bools, uint8_t* packed, int64_t bytes) {
   int64_t i = 0;
   for (; i + 8 <= bytes; i += 8) {
+    // The input is read once, from memory: ask for it well ahead of the hardware's own prefetcher.
+    __builtin_prefetch(bools + 8 * i + 4096, 0, 0);
     const __m512i v = _mm512_loadu_si512(bools + 8 * i);
     const uint64_t bits = _mm512_test_epi8_mask(v, v);
     std::memcpy(packed + i, &bits, 8);

@@ -88,7 +88,7 @@ DPO: Schema = {
         "warmup_steps": Setting(0, int, "steps of linear warm-up"),
         "max_length": Setting(256, int, "tokens per sequence"),
         "logging_steps": Setting(1, int, "steps between two log entries"),
-        "save_steps": Setting(0, int, "steps between two checkpoints; 0: only at the end or when interrupted"),
+        "save_steps": Setting(0, int, "steps between two checkpoints; 0: only when interrupted"),
         "seed": Setting(42, int, "seed of everything random"),
         "device": Setting("auto", str, "auto, cpu, cuda or cuda:N"),
         "resume": Setting(False, bool, "continue from the newest checkpoint of output.dir"),

@@ -231,7 +231,9 @@ def test_dpo_trainer_resumes_exactly(tmp_path: Path) -> None:
 
     def run(folder: Path, resume: str | None) -> torch.nn.Module:
         options = common(save_strategy="steps", save_steps=3, learning_rate=1e-3)
-        args = DPOConfig(output_dir=str(folder), max_length=32, beta=0.1, bf16=False, **options)
+        args = DPOConfig(
+            output_dir=str(folder), max_length=32, beta=0.1, bf16=False, precompute_ref_log_probs=True, **options
+        )
         model = tiny_model()
         trainer = DPOTrainer(model=model, args=args, train_dataset=data, processing_class=tiny_tokenizer())
         so.attach(trainer, masks)

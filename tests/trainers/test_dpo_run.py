@@ -384,3 +384,24 @@ def test_errors_come_before_the_work(
         with pytest.raises(kind, match=text):
             dpo.run(configure(tmp_path / "run", changes))
         assert not (tmp_path / "run").exists(), changes
+
+
+def test_reference_is_trls_own(tmp_path: Path, configure: Configure) -> None:
+    """Measured with shared prompt beginnings or by TRL: the same log-probabilities, row by row."""
+    from trl import DPOTrainer
+
+    from sparseopt import data
+
+    config = configure(tmp_path / "run")
+    model = models.load_model(config["model"]["name"])
+    tokenizer = models.load_tokenizer(config["model"]["name"])
+    pairs, _ = dpo._load_pairs(config)
+    arguments = dpo._arguments(config, tmp_path / "run", torch.device("cpu"))
+    ours = dpo._make_trainer(model, tokenizer, pairs, arguments).train_dataset
+    theirs = DPOTrainer(
+        model=models.load_model(config["model"]["name"]), args=arguments, train_dataset=data.to_dataset(pairs),
+        processing_class=tokenizer,
+    ).train_dataset  # fmt: skip
+    assert len(ours) == len(theirs) == len(pairs)
+    for column in ("ref_chosen_logps", "ref_rejected_logps"):
+        torch.testing.assert_close(torch.tensor(ours[column]), torch.tensor(theirs[column]), rtol=1e-4, atol=1e-4)
