@@ -178,7 +178,9 @@ def test_missing_extra_names_the_pip_command(tmp_path: Path) -> None:
 
 def test_ctrl_c_is_130_with_a_sentence(tmp_path: Path) -> None:
     code = (
-        "import sys, time, types\n"
+        "import signal, sys, time, types\n"
+        # A suite started in the background of a shell inherits an ignored SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "module = types.ModuleType('sparseopt.trainers.dpo')\n"
         "module.run = lambda settings: (print('started', flush=True), time.sleep(60))\n"
         "sys.modules['sparseopt.trainers.dpo'] = module\n"
