@@ -181,7 +181,8 @@ def _span(times: Mapping[str, float]) -> str:
 def _bars(case: Mapping[str, Any]) -> str:
     cells = []
     for name, bar in case["bars"].items():
-        found = "met" if bar["met"] else "**missed**"
+        warm = case["baselines"].get(name, {}).get("back_to_back", 0)
+        found = "met" if bar["met"] else "**missed**, met back to back" if warm >= bar["at_least"] else "**missed**"
         value = f" ({bar['measured']:.3g}x)" if name in case["facts"] else ""
         cells.append(f"{name} {bar['at_least']:g}x: {found}{value}")
     return "; ".join(cells)
