@@ -1,20 +1,26 @@
-"""One optimizer step on a CUDA GPU: one tensor of 525 M bf16 parameters, as users run it (Python included).
+"""One optimizer step on a CUDA GPU beside torch's: one tensor of 525 M bf16 parameters, and the shapes of a 3 B model.
 
-python -m sparseopt.benchmarks.gpu_optimizer [FOLDER]     writes FOLDER/<device>.json, as sparseopt.benchmarks.report reads it
+python -m sparseopt.benchmarks.gpu_optimizer [FOLDER] [single] [model]     writes FOLDER/<device>.json
 
-Arms are timed in turns with CUDA events, medians of 20 rounds after 5 of warm-up. Before anything is timed, a step of each
-sparse arm is compared with the plain-PyTorch reference on the device; a difference ends the program.
+Times are the GPU's, by CUDA events, with enough work queued ahead that the host never keeps the GPU waiting, as behind a
+backward pass; the host's own time for a step stands beside them. Arms are timed in turns, medians of 20 rounds after 5 of
+warm-up. Before anything is timed, steps of each kind are compared with dense AdamW on the active entries, on the device; a
+difference ends the program without a figure.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import math
+import os
 import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +30,24 @@ from torch import Tensor, nn
 import sparseopt as so
 
 N = 525_336_576  # the embedding of Llama-3.1-8B: 128256 x 4096
-CASES = [("10%", 0.1, 1), ("2.5%", 0.025, 1), ("1%", 0.01, 1), ("0.25%", 0.0025, 1), ("2.5%, runs of 16", 0.025, 16)]
+ROUNDS, WARM_UP = 20, 5
+SINGLE = [("10%", 0.1, 1), ("2.5%", 0.025, 1), ("1%", 0.01, 1), ("0.25%", 0.0025, 1),
+          ("2.5%, runs of 8", 0.025, 8), ("2.5%, runs of 16", 0.025, 16), ("2.5%, runs of 32", 0.025, 32)]  # fmt: skip
+MODEL = [("10%", 0.1, 1), ("2.5%", 0.025, 1), ("0.25%", 0.0025, 1), ("2.5%, runs of 16", 0.025, 16)]
+MASTERS = {"fp32 master": "fp32", "residual": "residual"}
+# (case, arm) -> {baseline: how many times faster it must be}
+BARS = {
+    ("2.5%", "step"): {"torch fused": 5.5, "torch default": 14},
+    ("2.5%", "clip + step"): {"torch fused + clip": 6.5},
+    ("0.25%", "step"): {"torch fused": 24},
+    ("0.25%", "clip + step"): {"torch fused + clip": 30},
+    ("2.5%, runs of 16", "step"): {"torch fused": 18},
+}
+MODEL_BARS = {
+    ("2.5%", "clip + step"): {"torch fused + clip": 5.5},
+    ("2.5%", "clip + step, captured"): {"torch fused + clip": 8},
+    ("10%", "clip + step, captured"): {"torch fused + clip": 3.3},
+}
 
 
 def make_mask(n: int, density: float, run: int) -> Tensor:
@@ -33,7 +56,7 @@ def make_mask(n: int, density: float, run: int) -> Tensor:
     return mask.repeat_interleave(run)[:n].cpu()
 
 
-def check(density: float, run: int, clip: float | None) -> None:
+def check(density: float, run: int, clip: float | None, master: str) -> None:
     """Three steps against dense AdamW on the fp32 values of the active entries; frozen entries bitwise equal."""
     n = 4_000_000
     mask = make_mask(n, density, run)
@@ -41,7 +64,7 @@ def check(density: float, run: int, clip: float | None) -> None:
     start = param.detach().clone()
     active = mask.cuda()
     alone = nn.Parameter(start[active].float())
-    sparse = so.SparseAdamW([("p", param)], lr=1e-3, masks={"p": mask}, max_grad_norm=clip)
+    sparse = so.SparseAdamW([("p", param)], lr=1e-3, masks={"p": mask}, max_grad_norm=clip, master_weights=master)
     dense = torch.optim.AdamW([alone], lr=1e-3)
     for _ in range(3):
         param.grad = torch.randn_like(param)
@@ -55,83 +78,191 @@ def check(density: float, run: int, clip: float | None) -> None:
     torch.testing.assert_close(param.detach()[active], alone.detach().bfloat16(), rtol=2**-7, atol=1e-6)
 
 
-def time_in_turns(
-    arms: dict[str, Callable[[], Any]], rounds: int = 20, warm_up: int = 5
-) -> dict[str, dict[str, float]]:
-    """name -> median, p20 and p80 in milliseconds."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(warm_up + rounds):
+class Arm:
+    """One repetition is ``before()``, not timed, then ``run()``."""
+
+    def __init__(self, run: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> None:
+        self.run, self.before = run, before
+
+
+def time_in_turns(arms: Mapping[str, Arm]) -> dict[str, dict[str, float]]:
+    """name -> median, p20 and p80 on the GPU, and the host's median, in milliseconds."""
+    filler = torch.empty(2**29, dtype=torch.bfloat16, device="cuda")
+    gpu: dict[str, list[float]] = {name: [] for name in arms}
+    host: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(WARM_UP + ROUNDS):
         for name, arm in arms.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            for _ in range(8):  # some 6 ms
+                filler.add_(1)
+            arm.before()
+            start = time.perf_counter()
             begin.record()
-            arm()
+            arm.run()
             end.record()
-            end.synchronize()
-            if turn >= warm_up:
-                times[name].append(begin.elapsed_time(end))
+            spent = time.perf_counter() - start
+            torch.cuda.synchronize()
+            if turn >= WARM_UP:
+                gpu[name].append(begin.elapsed_time(end))
+                host[name].append(1e3 * spent)
     result = {}
-    for name, values in times.items():
+    for name, values in gpu.items():
         cuts = statistics.quantiles(values, n=5)
-        result[name] = {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
+        result[name] = {
+            "median": statistics.median(values), "p20": cuts[0], "p80": cuts[3], "host": statistics.median(host[name]),
+        }  # fmt: skip
     return result
 
 
 def case(
-    times: dict[str, dict[str, float]], ours: str, baselines: list[str], facts: Mapping[str, float]
-) -> dict[str, Any]:
+    times: Mapping[str, dict[str, float]], ours: str, baselines: list[str], facts: Mapping[str, float],
+    bars: Mapping[str, float],
+) -> dict[str, Any]:  # fmt: skip
     """One row of the report: our times, each baseline's with its ratio."""
     mine = times[ours]
     beside = {name: {**times[name], "ratio": times[name]["median"] / mine["median"]} for name in baselines}
-    return {"rounds": 20, "sparseopt": mine, "baselines": beside, "facts": facts, "bars": {}}
+    judged = {
+        name: {"at_least": bar, "measured": beside[name]["ratio"], "met": beside[name]["ratio"] >= bar}
+        for name, bar in bars.items()
+    }
+    return {"rounds": ROUNDS, "sparseopt": mine, "baselines": beside, "facts": dict(facts), "bars": judged}
 
 
-def main(folder: str | None = None) -> None:
-    param = nn.Parameter(torch.randn(N, device="cuda").bfloat16())
-    param.grad = torch.randn(N, device="cuda").bfloat16()
-    fused, foreach = torch.optim.AdamW([param], fused=True), torch.optim.AdamW([param])
+def run_suite(
+    shapes: Mapping[str, int], cases: list[tuple[str, float, int]], bars: Mapping[tuple[str, str], dict[str, float]],
+    captured: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Times every arm on bf16 tensors of these sizes."""
+    params = {name: nn.Parameter(torch.randn(n, device="cuda").bfloat16()) for name, n in shapes.items()}
+    grads = {name: torch.randn(n, device="cuda").bfloat16() for name, n in shapes.items()}
 
-    def fused_clipped() -> None:
-        torch.nn.utils.clip_grad_norm_([param], 1e9)
-        fused.step()
+    def give_gradients(optimizer: so.SparseAdamW | None = None) -> None:
+        for name, param in params.items():
+            param.grad = grads[name]
+        for arena in optimizer._arenas if optimizer is not None else ():
+            arena._look()  # the other arms write the same parameters; a run has one optimizer
 
-    baselines: dict[str, Callable[[], Any]] = {
-        "torch fused": fused.step, "torch default": foreach.step, "torch fused + clip": fused_clipped,
+    everything = list(params.values())
+    fused, default = torch.optim.AdamW(everything, fused=True), torch.optim.AdamW(everything)
+
+    def clipped(step: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            torch.nn.utils.clip_grad_norm_(everything, 1e9)
+            step()
+
+        return run
+
+    baselines = {
+        "torch fused": Arm(fused.step, give_gradients), "torch default": Arm(default.step, give_gradients),
+        "torch fused + clip": Arm(clipped(fused.step), give_gradients),
     }  # fmt: skip
-    cases: dict[str, Any] = {}
-    for label, density, run in CASES:
-        for clip in (None, 1.0):
-            check(density, run, clip)
-        masks = so.MaskSet.from_bool({"p": make_mask(N, density, run)})
-        plain = so.SparseAdamW([("p", param)], masks=masks)
-        clipped = so.SparseAdamW([("p", param)], masks=masks, max_grad_norm=1e9)
-        times = time_in_turns({**baselines, "sparse": plain.step, "sparse + clip": clipped.step})
-        facts = {"state_bytes": plain.state_bytes(), "active": plain.active_parameters}
-        cases[label] = case(times, "sparse", ["torch fused", "torch default"], facts)
-        cases[f"{label}, clipping"] = case(times, "sparse + clip", ["torch fused + clip"], facts)
-        print(label, {name: round(value["median"], 3) for name, value in times.items()}, flush=True)
-        del plain, clipped
+    times = time_in_turns(baselines)
+    for optimizer in (fused, default):
+        optimizer.state.clear()
+    print({name: round(value["median"], 3) for name, value in times.items()}, flush=True)
+    fused.step()  # one baseline stays, in turns with every case
+    results: dict[str, Any] = {}
+    for label, density, run in cases:
+        masks = so.MaskSet.from_bool({name: make_mask(n, density, run) for name, n in shapes.items()})
+        for kind, master in MASTERS.items():
+            if captured and master != "fp32" and label != "2.5%":
+                continue  # building plans of billions of entries takes longer than timing them
+            check(density, run, None, master)
+            check(density, run, 1.0, master)
+
+            def sparse(clip: float | None, capture: bool = False, masks: Any = masks, master: str = master) -> Any:
+                return so.SparseAdamW(params.items(), masks=masks, max_grad_norm=clip, master_weights=master,
+                                      capture_gradients=capture)  # fmt: skip
+
+            clipping = sparse(1e9)
+            arms = {
+                "torch fused": baselines["torch fused"], "clip + step": Arm(clipping.step, partial(give_gradients, clipping))
+            }  # fmt: skip
+            if not captured:
+                plain = sparse(None)
+                arms["step"] = Arm(plain.step, partial(give_gradients, plain))
+            if captured:
+                catching = sparse(1e9, capture=True)
+
+                def gather(catching: Any = catching) -> None:
+                    catching._capture.take_dense()
+                    catching._capture.flush()
+
+                def prepare(gather: Callable[[], None] = gather, catching: Any = catching) -> None:
+                    give_gradients(catching)
+                    gather()
+
+                def forget(catching: Any = catching) -> None:
+                    catching.zero_grad()
+                    give_gradients()
+
+                arms["gathers"] = Arm(gather, forget)
+                arms["clip + step, captured"] = Arm(catching.step, prepare)
+            here = time_in_turns(arms)
+            facts = {"state_bytes": clipping.state_bytes(), "active": clipping.active_parameters}
+            together = {**times, **here}
+            for arm in ("step", "clip + step", "clip + step, captured"):
+                if arm not in here:
+                    continue
+                beside = ["torch fused", "torch default"] if arm == "step" else ["torch fused + clip"]
+                judged = bars.get((label, arm), {}) if master == ("residual" if run > 1 else "fp32") else {}
+                more = {"gathers_ms": here["gathers"]["median"]} if arm.endswith("captured") else {}
+                results[f"{label}, {kind}, {arm}"] = case(together, arm, beside, {**facts, **more}, judged)
+            print(label, kind, {k: (round(v["median"], 3), round(v["host"], 2)) for k, v in here.items()}, flush=True)
+            del clipping, arms
+            plain = catching = None
+            for param in everything:
+                param.grad = None
+    return results
+
+
+def environment() -> dict[str, str]:
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name()
-    environment = {
-        "device": device,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+    return {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "sparseopt": so.__version__,
-    }
-    suite = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-        "command": "python -m sparseopt.benchmarks.gpu_optimizer",
-        "environment": environment,
-        "cases": cases,
-    }
+    }  # fmt: skip
+
+
+def commit() -> str:
+    """The commit measured: git's, or ``SPARSEOPT_COMMIT`` where the tree came without its history."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or os.environ.get("SPARSEOPT_COMMIT", "unknown")
+
+
+def store(folder: str, suites: Mapping[str, dict[str, Any]], command: str) -> Path:
+    """Adds suites to FOLDER/<device>.json."""
+    device = torch.cuda.get_device_name()
+    path = Path(folder, re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+    stored = json.loads(path.read_text()) if path.exists() else {"device": device, "suites": {}}
+    for name, cases in suites.items():
+        stored["suites"][name] = {
+            "date": datetime.date.today().isoformat(), "commit": commit(), "command": command,
+            "environment": environment(), "cases": cases,
+        }  # fmt: skip
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+    return path
+
+
+def main(folder: str | None = None, *which: str) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA GPU; `make bench` measures the CPU.")
+    suites = {}
+    for name in which or ("single", "model"):
+        if name == "single":
+            suites["optimizer, 525 M bf16 parameters"] = run_suite({"p": N}, SINGLE, BARS, captured=False)
+        else:
+            from sparseopt.shapes import parameter_shapes
+
+            shapes = {name: math.prod(shape) for name, shape in parameter_shapes("llama-3.2-3b").items()}
+            suites[f"optimizer, {len(shapes)} bf16 tensors shaped like Llama-3.2-3B (random weights)"] = run_suite(
+                shapes, MODEL, MODEL_BARS, captured=True
+            )
     if folder:
-        name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        stored = {"device": device, "suites": {"optimizer, 525 M bf16 parameters": suite}}
-        Path(folder, f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n")
+        print("stored in", store(folder, suites, "python -m sparseopt.benchmarks.gpu_optimizer FOLDER"))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(*sys.argv[1:])

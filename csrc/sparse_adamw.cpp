@@ -4,7 +4,8 @@
 //   m <- m + (1 - beta1) * (g - m);   v <- beta2 * v + (1 - beta2) * g * g
 //   w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)          t: age of the entry
 //
-//   params, grads: T tensors of one dtype; moments fp32[N] (fp64[N] for fp64) in arena order; residual int16[N]
+//   params, grads: T tensors of one dtype; moments fp32[N] (fp64[N] for fp64) in arena order; master weights of 16-bit
+//   parameters as residual int16[N] (what the weights lack of them) or master fp32[N] (a copy: weights are not read)
 //
 // Work: threads take consecutive chunks and walk them in tiles of kTile entries (tiles.h). A tile gathers weights and
 // gradients into L1 buffers, does the arithmetic there in wide registers, and scatters the weights back; the loads of the
@@ -140,15 +141,17 @@ void step(const Constants<double>& c, int64_t n, const double* g, double* w, dou
 }
 
 // ---- one call --------------------------------------------------------------------------------------------------------
-template <typename T, typename Acc>
+template <typename T, typename Acc, typename Index>
 struct Job {
   const Chunk* rows;
-  const int32_t* indices;
+  const Index* indices;
   std::vector<T*> params;
   std::vector<const T*> grads;  // all null with compact gradients
   const Acc* compact;
   Acc *m, *v, *v_max;
   int16_t* residual;
+  Acc* master;
+  bool follow;
   const uint8_t* cohorts;
   std::vector<Constants<Acc>> constants;       // by tensor
   std::vector<Acc> step_sizes, roots;          // by tensor and cohort
@@ -190,7 +193,15 @@ struct Job {
         load_tile(grad, chunk, tile, indices, raw);
         Codec<T, Acc>::widen(raw, nullptr, gradients, n);
       }
-      if (!in_place) {
+      if (master != nullptr) {
+        w = master + first;
+        if (follow) {
+          load_tile(const_cast<const T*>(param), chunk, tile, indices, raw);
+          Codec<T, Acc>::widen(raw, nullptr, weights, n);
+          Codec<T, Acc>::narrow(w, raw, nullptr, n);
+          for (int64_t i = 0; i < n; ++i) w[i] = static_cast<Acc>(raw[i]) == weights[i] ? w[i] : weights[i];
+        }
+      } else if (!in_place) {
         load_tile(const_cast<const T*>(param), chunk, tile, indices, raw);
         Codec<T, Acc>::widen(raw, rest, w, n);
       }
@@ -228,22 +239,25 @@ Acc* optional_pointer(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? tensor->mutable_data_ptr<Acc>() : nullptr;
 }
 
-template <typename T, typename Acc>
-void run_typed(at::TensorList params, at::TensorList grads, const std::optional<at::Tensor>& compact,
-               const at::Tensor& indices, const at::Tensor& chunks, const at::Tensor& groups, const at::Tensor& hyper,
+template <typename T, typename Acc, typename Index>
+void run_typed(const Index* indices, at::TensorList params, at::TensorList grads, const std::optional<at::Tensor>& compact,
+               const at::Tensor& chunks, const at::Tensor& groups, const at::Tensor& hyper,
                const at::Tensor& steps, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
                const std::optional<at::Tensor>& max_exp_avg_sq, const std::optional<at::Tensor>& residual,
-               const std::optional<at::Tensor>& cohorts, const std::optional<at::Tensor>& births, double multiplier) {
+               const std::optional<at::Tensor>& master, const std::optional<at::Tensor>& cohorts, const std::optional<at::Tensor>& births, double multiplier, bool follow) {
   const int64_t tensors = params.size();
+  TORCH_CHECK(!(residual && master), "master weights are kept as residual or as master, not as both");
   TORCH_CHECK(compact.has_value() || grads.size() == params.size(), "gradients must match their parameters");
-  Job<T, Acc> job;
+  Job<T, Acc, Index> job;
   job.rows = chunk_rows(chunks);
-  job.indices = indices.const_data_ptr<int32_t>();
+  job.indices = indices;
   job.compact = optional_pointer<Acc>(compact);
   job.m = exp_avg.mutable_data_ptr<Acc>();
   job.v = exp_avg_sq.mutable_data_ptr<Acc>();
   job.v_max = optional_pointer<Acc>(max_exp_avg_sq);
   job.residual = optional_pointer<int16_t>(residual);
+  job.master = optional_pointer<Acc>(master);
+  job.follow = follow;
   job.cohorts = optional_pointer<uint8_t>(cohorts);
   job.params.assign(tensors, nullptr);
   job.grads.assign(tensors, nullptr);
@@ -288,9 +302,9 @@ void run_typed(at::TensorList params, at::TensorList grads, const std::optional<
 void sparse_adamw_(at::TensorList params, at::TensorList grads, const std::optional<at::Tensor>& compact,
                    const at::Tensor& indices, const at::Tensor& chunks, const at::Tensor& groups, const at::Tensor& hyper,
                    at::Tensor steps, at::Tensor exp_avg, at::Tensor exp_avg_sq, std::optional<at::Tensor> max_exp_avg_sq,
-                   std::optional<at::Tensor> residual, const std::optional<at::Tensor>& cohorts,
-                   const std::optional<at::Tensor>& births, const std::optional<at::Tensor>& multiplier,
-                   const std::optional<at::Tensor>& skip) {
+                   std::optional<at::Tensor> residual, std::optional<at::Tensor> master,
+                   const std::optional<at::Tensor>& cohorts, const std::optional<at::Tensor>& births,
+                   const std::optional<at::Tensor>& multiplier, const std::optional<at::Tensor>& skip, int64_t, bool follow) {
   if (skip.has_value() && skip->item<double>() != 0) return;
   check_chunks(chunk_rows(chunks), chunks.size(0), 0, params.size(), exp_avg.numel(), indices.numel());
   const double scale = multiplier.has_value() ? multiplier->item<double>() : 1.0;
@@ -298,17 +312,19 @@ void sparse_adamw_(at::TensorList params, at::TensorList grads, const std::optio
   for (const at::Tensor& param : params) {
     if (param.numel()) dtype = param.scalar_type();
   }
-  const auto run = [&](auto function) {
-    function(params, grads, compact, indices, chunks, groups, hyper, steps, exp_avg, exp_avg_sq, max_exp_avg_sq, residual,
-             cohorts, births, scale);
-  };
-  switch (dtype) {
-    case at::kFloat: return run(run_typed<float, float>);
-    case at::kBFloat16: return run(run_typed<c10::BFloat16, float>);
-    case at::kHalf: return run(run_typed<c10::Half, float>);
-    case at::kDouble: return run(run_typed<double, double>);
-    default: TORCH_CHECK(false, "parameters must be fp32, bf16, fp16 or fp64, got ", dtype);
-  }
+  with_offsets(indices, [&](const auto* offsets) {
+    const auto run = [&](auto weight, auto state) {
+      run_typed<decltype(weight), decltype(state)>(offsets, params, grads, compact, chunks, groups, hyper, steps, exp_avg,
+                                                   exp_avg_sq, max_exp_avg_sq, residual, master, cohorts, births, scale, follow);
+    };
+    switch (dtype) {
+      case at::kFloat: return run(float(), float());
+      case at::kBFloat16: return run(c10::BFloat16(), float());
+      case at::kHalf: return run(c10::Half(), float());
+      case at::kDouble: return run(double(), double());
+      default: TORCH_CHECK(false, "parameters must be fp32, bf16, fp16 or fp64, got ", dtype);
+    }
+  });
 }
 
 }  // namespace

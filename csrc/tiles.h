@@ -50,15 +50,15 @@ class TileWalk {
 SPARSEOPT_INLINE bool is_contiguous(const Chunk& chunk) { return chunk.shift > 6; }
 
 // Calls move(flat element, position in the tile) for each run of kRun entries.
-template <int64_t kRun, typename Move>
-SPARSEOPT_INLINE void for_each_run(const Chunk& chunk, const Tile& tile, const int32_t* indices, Move&& move) {
-  const int32_t* offsets = indices + chunk.index_start + tile.offset / kRun;
+template <int64_t kRun, typename Index, typename Move>
+SPARSEOPT_INLINE void for_each_run(const Chunk& chunk, const Tile& tile, const Index* indices, Move&& move) {
+  const Index* offsets = indices + chunk.index_start + tile.offset / kRun;
   for (int64_t i = 0; i < tile.count; i += kRun) move(chunk.base + offsets[i / kRun], i);
 }
 
 // Calls move(flat element, position in the tile, integral_constant<length>) run by run; fixed lengths become plain moves.
-template <typename Move>
-SPARSEOPT_INLINE void for_each_run(const Chunk& chunk, const Tile& tile, const int32_t* indices, Move&& move) {
+template <typename Index, typename Move>
+SPARSEOPT_INLINE void for_each_run(const Chunk& chunk, const Tile& tile, const Index* indices, Move&& move) {
   const auto with = [&](auto length) {
     for_each_run<length()>(chunk, tile, indices, [&](int64_t element, int64_t at) { move(element, at, length); });
   };
@@ -71,16 +71,16 @@ SPARSEOPT_INLINE void for_each_run(const Chunk& chunk, const Tile& tile, const i
 }
 
 // The first element of a tile of a contiguous chunk.
-SPARSEOPT_INLINE int64_t first_element(const Chunk& chunk, const Tile& tile, const int32_t* indices) {
+template <typename Index>
+SPARSEOPT_INLINE int64_t first_element(const Chunk& chunk, const Tile& tile, const Index* indices) {
   return chunk.base + indices[chunk.index_start] + tile.offset;
 }
 
-template <typename T>
-SPARSEOPT_INLINE void load_tile(const T* tensor, const Chunk& chunk, const Tile& tile, const int32_t* indices, T* out) {
+template <typename T, typename Index>
+SPARSEOPT_INLINE void load_tile(const T* tensor, const Chunk& chunk, const Tile& tile, const Index* indices, T* out) {
   if (chunk.shift == 0) {
-    const T* origin = tensor + chunk.base;
-    const int32_t* offsets = indices + chunk.index_start + tile.offset;
-    for (int64_t i = 0; i < tile.count; ++i) out[i] = origin[offsets[i]];
+    const Index* offsets = indices + chunk.index_start + tile.offset;
+    for (int64_t i = 0; i < tile.count; ++i) out[i] = tensor[chunk.base + offsets[i]];
   } else if (is_contiguous(chunk)) {
     std::memcpy(out, tensor + first_element(chunk, tile, indices), tile.count * sizeof(T));
   } else {
@@ -90,12 +90,11 @@ SPARSEOPT_INLINE void load_tile(const T* tensor, const Chunk& chunk, const Tile&
   }
 }
 
-template <typename T>
-SPARSEOPT_INLINE void store_tile(T* tensor, const Chunk& chunk, const Tile& tile, const int32_t* indices, const T* in) {
+template <typename T, typename Index>
+SPARSEOPT_INLINE void store_tile(T* tensor, const Chunk& chunk, const Tile& tile, const Index* indices, const T* in) {
   if (chunk.shift == 0) {
-    T* origin = tensor + chunk.base;
-    const int32_t* offsets = indices + chunk.index_start + tile.offset;
-    for (int64_t i = 0; i < tile.count; ++i) origin[offsets[i]] = in[i];
+    const Index* offsets = indices + chunk.index_start + tile.offset;
+    for (int64_t i = 0; i < tile.count; ++i) tensor[chunk.base + offsets[i]] = in[i];
   } else if (is_contiguous(chunk)) {
     std::memcpy(tensor + first_element(chunk, tile, indices), in, tile.count * sizeof(T));
   } else {
@@ -106,18 +105,27 @@ SPARSEOPT_INLINE void store_tile(T* tensor, const Chunk& chunk, const Tile& tile
 }
 
 // The hardware follows contiguous stretches by itself.
-template <typename T>
-SPARSEOPT_INLINE void prefetch_tile(const T* tensor, const Chunk& chunk, const Tile& tile, const int32_t* indices) {
+template <typename T, typename Index>
+SPARSEOPT_INLINE void prefetch_tile(const T* tensor, const Chunk& chunk, const Tile& tile, const Index* indices) {
   if (tensor == nullptr || is_contiguous(chunk)) return;
   if (chunk.shift == 0) {
-    const T* origin = tensor + chunk.base;
-    const int32_t* offsets = indices + chunk.index_start + tile.offset;
-    for (int64_t i = 0; i < tile.count; ++i) __builtin_prefetch(origin + offsets[i]);
+    const Index* offsets = indices + chunk.index_start + tile.offset;
+    for (int64_t i = 0; i < tile.count; ++i) __builtin_prefetch(tensor + (chunk.base + offsets[i]));
   } else {
     for_each_run(chunk, tile, indices, [&](int64_t element, int64_t, auto length) {
       const char* first = reinterpret_cast<const char*>(tensor + element);
       for (int64_t byte = 0; byte < static_cast<int64_t>(length() * sizeof(T)); byte += kLine) __builtin_prefetch(first + byte);
     });
+  }
+}
+
+// Calls run(pointer to the offsets) with their type.
+template <typename Run>
+void with_offsets(const at::Tensor& indices, Run&& run) {
+  switch (indices.scalar_type()) {
+    case at::kShort: return run(indices.const_data_ptr<int16_t>());
+    case at::kInt: return run(indices.const_data_ptr<int32_t>());
+    default: TORCH_CHECK(false, "indices must be int16 or int32, got ", indices.scalar_type());
   }
 }
 

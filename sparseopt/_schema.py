@@ -9,8 +9,10 @@ Terms used by all ops:
 * The *chunk table* ``chunks`` is ``int64[C, 6]`` with rows ``(tensor, base, start, count, index_start, shift)``: arena
   entries ``start .. start+count`` belong to tensor ``tensor``; entry ``start + k`` is the tensor's flat element
   ``base + indices[index_start + (k >> shift)] + (k & (2**shift - 1))``. ``shift = 0`` is one stored offset per entry;
-  larger shifts store one offset per aligned run of ``2**shift`` entries. ``indices`` is ``int32``, so that only chunks
-  span less than 2^31 elements, tensors may be of any size.
+  larger shifts store one offset per aligned run of ``2**shift`` entries. ``indices`` is ``int32`` (chunks of at most 4096
+  entries) or ``int16`` (at most 1024 entries; offsets are signed); tensors may be of any size.
+* ``run`` is 8, 16, 32 or 64 where every chunk is made of whole aligned runs of that many entries, else 1: kernels may
+  then move whole runs at once.
 * ``hyper`` is ``float64[G, 8]``: ``lr, beta1, beta2, eps, weight_decay, maximize, correct_bias, amsgrad`` (the last
   three 0 or 1) per parameter group; ``groups`` is ``int32[T]``, the row of each tensor.
 * An empty tensor in ``params`` or ``grads`` stands for "no gradient this time": its entries and step are left alone.
@@ -38,12 +40,18 @@ OPS = {
     "mask_indices": "(Tensor packed, SymInt numel) -> Tensor",
     "mask_overlap": "(Tensor a, Tensor b) -> Tensor",
     "gather_grads_": (
-        "(Tensor(a!) compact, Tensor[] grads, Tensor indices, Tensor chunks, int tensor_offset, bool accumulate) -> ()"
+        "(Tensor(a!) compact, Tensor[] grads, Tensor indices, Tensor chunks, int tensor_offset, bool accumulate, int run, "
+        "Tensor(b!)? squares) -> ()"
+    ),
+    "clip_coefficient_": (
+        "(Tensor squares, float max_norm, Tensor? inverse_scale, Tensor? found_inf, Tensor(a!) norm, "
+        "Tensor(b!) multiplier, Tensor(c!) skip) -> ()"
     ),
     "sparse_adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor? compact_grad, Tensor indices, Tensor chunks, Tensor groups, "
         "Tensor hyper, Tensor(b!) steps, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)? max_exp_avg_sq, "
-        "Tensor(f!)? residual, Tensor? cohorts, Tensor? births, Tensor? multiplier, Tensor? skip) -> ()"
+        "Tensor(f!)? residual, Tensor(g!)? master, Tensor? cohorts, Tensor? births, Tensor? multiplier, Tensor? skip, "
+        "int run, bool follow) -> ()"
     ),
 }
 MUTABLE_OPS = tuple(name for name in OPS if name.endswith("_"))
@@ -85,8 +93,17 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 @_fake("gather_grads_")
 def _(
-    compact: Tensor, grads: Sequence[Tensor], indices: Tensor, chunks: Tensor, tensor_offset: int, accumulate: bool
-) -> None:
+    compact: Tensor, grads: Sequence[Tensor], indices: Tensor, chunks: Tensor, tensor_offset: int, accumulate: bool,
+    run: int, squares: Tensor | None,
+) -> None:  # fmt: skip
+    return None
+
+
+@_fake("clip_coefficient_")
+def _(
+    squares: Tensor, max_norm: float, inverse_scale: Tensor | None, found_inf: Tensor | None, norm: Tensor,
+    multiplier: Tensor, skip: Tensor,
+) -> None:  # fmt: skip
     return None
 
 
@@ -104,10 +121,13 @@ def _(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     residual: Tensor | None,
+    master: Tensor | None,
     cohorts: Tensor | None,
     births: Tensor | None,
     multiplier: Tensor | None,
     skip: Tensor | None,
+    run: int,
+    follow: bool,
 ) -> None:
     return None
 

@@ -254,5 +254,5 @@ def _step(
     steps = torch.zeros(1, device=device)
     first, second = torch.zeros(active, device=device), torch.zeros(active, device=device)
     op([param], [grad], None, indices.to(device), chunks, groups, hyper, steps, first, second,
-       None, None, None, None, None, None)  # fmt: skip
+       *(None,) * 7, 1, False)  # fmt: skip
     return param.cpu()

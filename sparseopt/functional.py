@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparseopt.optim.plan import IndexPlan
 
 __all__ = [
+    "clip_coefficient_",
     "gather_grads_",
     "mask_indices",
     "mask_overlap",
@@ -83,8 +84,9 @@ def mask_overlap(a: Tensor, b: Tensor) -> Tensor:
 
 # ---- gather and step -------------------------------------------------------------------------------------------------
 def gather_grads_(
-    compact: Tensor, grads: Sequence[Tensor], plan: IndexPlan, *, first_tensor: int = 0, accumulate: bool = False
-) -> None:
+    compact: Tensor, grads: Sequence[Tensor], plan: IndexPlan, *, first_tensor: int = 0, accumulate: bool = False,
+    squares: Tensor | None = None,
+) -> None:  # fmt: skip
     """Gathers the active entries of dense gradients into a compact buffer, in one call for all tensors.
 
     Args:
@@ -94,6 +96,8 @@ def gather_grads_(
         plan: where the active entries are.
         first_tensor: the plan's tensor that ``grads[0]`` belongs to.
         accumulate: add to ``compact`` (micro-batches) instead of overwriting.
+        squares: like ``compact``, ``plan.squares_per_chunk`` for each row of ``plan.chunks``: their sum becomes the sum
+            of squares of what ``compact`` then holds of that row; rows of tensors without a gradient are left alone.
     """
     if not 0 <= first_tensor <= first_tensor + len(grads) <= plan.tensors:
         raise ValueError(
@@ -103,9 +107,38 @@ def gather_grads_(
         raise ValueError(f"compact must be a contiguous vector of {plan.active} entries, got {_describe(compact)}.")
     _check_tensors("gradient", grads, plan, first_tensor)
     chunks = plan.chunks
+    per_chunk = plan.squares_per_chunk
+    if squares is not None and (squares.shape != (len(chunks) * per_chunk,) or squares.dtype != compact.dtype):
+        raise ValueError(f"squares must be {compact.dtype}[{len(chunks) * per_chunk}], got {_describe(squares)}.")
     if len(grads) != plan.tensors:
-        chunks = chunks[plan.first_chunk[first_tensor] : plan.first_chunk[first_tensor + len(grads)]]
-    _ops.gather_grads_(compact, list(grads), plan.indices, chunks, first_tensor, accumulate)
+        first, last = plan.first_chunk[first_tensor], plan.first_chunk[first_tensor + len(grads)]
+        chunks = chunks[first:last]
+        squares = None if squares is None else squares[first * per_chunk : last * per_chunk]
+    _ops.gather_grads_(compact, list(grads), plan.indices, chunks, first_tensor, accumulate, plan.run, squares)
+
+
+def clip_coefficient_(
+    squares: Tensor, max_norm: float, *, norm: Tensor, multiplier: Tensor, skip: Tensor,
+    inverse_scale: Tensor | None = None, found_inf: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Norm of the gradients and what clipping multiplies them by, without waiting for the device.
+
+    Args:
+        squares: fp32 or fp64, any length: sums of squares that :func:`gather_grads_` left.
+        max_norm: the norm to clip to; ``inf`` measures only.
+        norm, multiplier, skip: fp32[], written: the norm (after ``inverse_scale``), ``min(1, max_norm / (norm + 1e-6))``
+            times ``inverse_scale``, and 1 where the norm is not finite or ``found_inf`` is set, else 0.
+        inverse_scale: fp32[], 1 / loss scale.
+        found_inf: fp32[], nonzero: an overflow was found elsewhere.
+    """
+    if squares.dim() != 1 or squares.dtype not in (torch.float32, torch.float64) or not squares.is_contiguous():
+        raise ValueError(f"squares must be a contiguous fp32 or fp64 vector, got {_describe(squares)}.")
+    for name, value in {
+        "norm": norm, "multiplier": multiplier, "skip": skip, "inverse_scale": inverse_scale, "found_inf": found_inf,
+    }.items():  # fmt: skip
+        if value is not None and (value.numel() != 1 or value.dtype != torch.float32 or value.device != squares.device):
+            raise ValueError(f"{name} must be one fp32 number on {squares.device}, got {_describe(value)}.")
+    _ops.clip_coefficient_(squares, max_norm, inverse_scale, found_inf, norm, multiplier, skip)
 
 
 def sparse_adamw_(
@@ -120,10 +153,12 @@ def sparse_adamw_(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None = None,
     residual: Tensor | None = None,
+    master: Tensor | None = None,
     cohorts: Tensor | None = None,
     births: Tensor | None = None,
     multiplier: Tensor | None = None,
     skip: Tensor | None = None,
+    follow: bool = False,
 ) -> None:
     """One fused AdamW step on the active entries of all tensors; every other entry stays bit-identical.
 
@@ -137,11 +172,14 @@ def sparse_adamw_(
         steps: fp32[T], steps taken so far; incremented.
         exp_avg, exp_avg_sq: first and second moments, fp32[N] (fp64[N] for fp64 parameters).
         max_exp_avg_sq: the same for AMSGrad; needed where a group's ``amsgrad`` is 1.
-        residual: int16[N], master weights of bf16/fp16 parameters (:func:`sparseopt.reference.join_master`).
+        residual: int16[N], master weights of bf16/fp16 parameters as what the weights lack of them
+            (:func:`sparseopt.reference.join_master`).
+        master: fp32[N], master weights as a copy; then the weights are written, not read. At most one of the two.
         cohorts, births: uint8[N] and fp32[T, K]: entry i became active when its tensor had taken
             ``births[tensor, cohorts[i]]`` steps; without them every entry is as old as its tensor's step.
         multiplier: fp32[], scales the gradients (clip coefficient, 1 / loss scale).
         skip: fp32[], nonzero: nothing changes (overflow).
+        follow: entries of ``master`` that no longer round to their weight take the weight first: somebody has written it.
     """
     if len(params) != plan.tensors:
         raise ValueError(f"sparse_adamw_ got {len(params)} parameters for a plan of {plan.tensors} tensors.")
@@ -163,6 +201,7 @@ def sparse_adamw_(
         ("exp_avg_sq", exp_avg_sq, state_dtype),
         ("max_exp_avg_sq", max_exp_avg_sq, state_dtype),
         ("residual", residual, torch.int16),
+        ("master", master, torch.float32),
         ("cohorts", cohorts, torch.uint8),
     ):
         if buffer is not None and (
@@ -177,11 +216,15 @@ def sparse_adamw_(
         raise ValueError(f"hyper must be float64[G, {len(_schema.HYPER_COLUMNS)}], got {_describe(hyper)}.")
     if (cohorts is None) != (births is None):
         raise ValueError("cohorts and births come together.")
-    if residual is not None and any(p.dtype not in (torch.bfloat16, torch.float16) for p in params):
-        raise ValueError("residual holds the master weights of bf16 and fp16 parameters only.")
+    if residual is not None and master is not None:
+        raise ValueError("master weights are kept as residual or as master, not as both.")
+    if (residual is not None or master is not None) and any(
+        p.dtype not in (torch.bfloat16, torch.float16) for p in params
+    ):
+        raise ValueError("residual and master hold the master weights of bf16 and fp16 parameters only.")
     _ops.sparse_adamw_(
         list(params), dense, compact, plan.indices, plan.chunks, groups, hyper, steps, exp_avg, exp_avg_sq,
-        max_exp_avg_sq, residual, cohorts, births, multiplier, skip,
+        max_exp_avg_sq, residual, master, cohorts, births, multiplier, skip, plan.run, follow,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "RESIDUAL_LIMIT",
     "arena_positions",
+    "clip_coefficient_",
     "gather_grads_",
     "join_master",
     "mask_indices",
@@ -107,9 +108,11 @@ def _chunks_by_tensor(chunks: Tensor) -> list[tuple[int, Tensor, slice]]:
 
 @torch.no_grad()
 def gather_grads_(
-    compact: Tensor, grads: Sequence[Tensor], indices: Tensor, chunks: Tensor, tensor_offset: int, accumulate: bool
-) -> None:
-    """compact[entry] (+)= grads[tensor - tensor_offset][position of the entry], in the dtype of ``compact``."""
+    compact: Tensor, grads: Sequence[Tensor], indices: Tensor, chunks: Tensor, tensor_offset: int, accumulate: bool,
+    run: int = 1, squares: Tensor | None = None,
+) -> None:  # fmt: skip
+    """compact[entry] (+)= grads[tensor - tensor_offset][position of the entry], in the dtype of ``compact``;
+    squares, so many for each row of chunks, add up to the sum of squares of what compact then holds there."""
     for tensor, rows, entries in _chunks_by_tensor(chunks):
         grad = grads[tensor - tensor_offset]
         if grad.numel() == 0:
@@ -119,6 +122,26 @@ def gather_grads_(
             compact[entries] += values
         else:
             compact[entries] = values
+    if squares is not None:
+        per_row = squares.view(len(chunks), -1)
+        for row, (tensor, _, start, count, _, _) in enumerate(chunks.tolist()):
+            if grads[tensor - tensor_offset].numel():
+                per_row[row] = 0
+                per_row[row, :1] = compact[start : start + count].square().sum()
+
+
+@torch.no_grad()
+def clip_coefficient_(
+    squares: Tensor, max_norm: float, inverse_scale: Tensor | None, found_inf: Tensor | None, norm: Tensor,
+    multiplier: Tensor, skip: Tensor,
+) -> None:  # fmt: skip
+    """norm = sqrt(sum of squares) * inverse_scale; multiplier = min(1, max_norm / (norm + 1e-6)) * inverse_scale;
+    skip = 1 where the norm is not finite or found_inf is set, else 0."""
+    total = squares.double().sum().sqrt()
+    scale = torch.ones_like(total) if inverse_scale is None else inverse_scale.double()
+    norm.copy_(total * scale)
+    multiplier.copy_((max_norm / (norm.double() + 1e-6)).clamp(max=1.0) * scale)
+    skip.copy_(~torch.isfinite(norm) if found_inf is None else ~torch.isfinite(norm) | (found_inf != 0))
 
 
 @torch.no_grad()
@@ -135,10 +158,13 @@ def sparse_adamw_(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     residual: Tensor | None,
+    master: Tensor | None,
     cohorts: Tensor | None,
     births: Tensor | None,
     multiplier: Tensor | None,
     skip: Tensor | None,
+    run: int = 1,
+    follow: bool = False,
 ) -> None:
     """One AdamW step (decoupled weight decay, Loshchilov & Hutter 2019) on the active entries only.
 
@@ -169,6 +195,9 @@ def sparse_adamw_(
             gradient = -gradient
 
         weight = flat[positions]
+        if master is not None:
+            copy = master[entries]
+            weight = torch.where(copy.to(param.dtype) == weight, copy, weight.float()) if follow else copy
         if residual is not None:
             weight = join_master(weight, residual[entries])
         weight = weight.to(m.dtype) * (1 - lr * weight_decay)
@@ -191,6 +220,8 @@ def sparse_adamw_(
             flat[positions], residual[entries] = split_master(weight, param.dtype)
         else:
             flat[positions] = weight.to(param.dtype)
+            if master is not None:
+                master[entries] = weight
 
 
 def _bias_corrections(age: Tensor, lr: float, beta1: float, beta2: float, correct: bool) -> tuple[Tensor, Tensor]:
@@ -208,5 +239,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mask_indices": mask_indices,
     "mask_overlap": mask_overlap,
     "gather_grads_": gather_grads_,
+    "clip_coefficient_": clip_coefficient_,
     "sparse_adamw_": sparse_adamw_,
 }

@@ -9,7 +9,7 @@ if __name__ != "sparseopt.triton_kernels":
 from collections.abc import Callable
 from typing import Any
 
-from sparseopt.triton_kernels.gather import gather_grads_
+from sparseopt.triton_kernels.gather import clip_coefficient_, gather_grads_
 from sparseopt.triton_kernels.masks import mask_indices, mask_overlap, pack_mask, popcount, unpack_mask
 from sparseopt.triton_kernels.sparse_adamw import sparse_adamw_
 
@@ -23,5 +23,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mask_indices": mask_indices,
     "mask_overlap": mask_overlap,
     "gather_grads_": gather_grads_,
+    "clip_coefficient_": clip_coefficient_,
     "sparse_adamw_": sparse_adamw_,
 }

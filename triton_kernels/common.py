@@ -16,15 +16,18 @@ __all__ = [
     "CHUNK",
     "INTERPRET",
     "TL_DTYPES",
+    "address_of",
+    "block_of_entries",
     "common_dtype",
     "entry_positions",
+    "vector_run",
     "narrow",
     "pointer_table",
     "widen",
 ]
 
-# Arena entries per chunk row at most (sparseopt.optim.plan.CHUNK): one program takes one row in one block.
-CHUNK = 4096
+# Arena entries per row of the chunk table at most, by the dtype of the offsets (sparseopt.optim.plan.CHUNK).
+CHUNK = {torch.int16: 1024, torch.int32: 4096}
 
 # Triton reads the variable when it decorates a kernel, so this is fixed at import as well.
 INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -39,15 +42,40 @@ TL_DTYPES = {
 
 # ---- in kernels ------------------------------------------------------------------------------------------------------
 @triton.jit
-def entry_positions(row, indices, k, valid):
-    """Flat int64 elements of a chunk's entries ``k`` (int32[BLOCK]): base + stored offset of the run + place in it."""
-    base = tl.load(row + 1)
-    first = indices + tl.load(row + 4)
-    shift = tl.load(row + 5).to(tl.int32)
+def entry_positions(base, first, shift, k, count):
+    """Flat int64 elements of a chunk's entries ``k`` (int32, any shape): base + stored offset of the run + place in it."""
     run = k >> shift
-    offset = tl.load(first + run, mask=valid, other=0)
+    offset = tl.load(first + run, mask=k < count, other=0)
     # int64 before the addition: base may lie past 2^31.
     return base + offset.to(tl.int64) + (k - (run << shift)).to(tl.int64)
+
+
+@triton.jit
+def block_of_entries(sub, base, first, shift, count, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """(entries, flat int64 elements) of block ``sub`` of a chunk.
+
+    RUN = 1: [BLOCK]. Else [BLOCK / RUN, RUN]: every group of RUN entries is consecutive and aligned, so that a thread
+    moves several at once.
+    """
+    if RUN == 1:
+        k = sub * BLOCK + tl.arange(0, BLOCK)
+        positions = entry_positions(base, first, shift, k, count)
+    else:
+        group = sub * BLOCK + tl.arange(0, BLOCK // RUN) * RUN
+        place = tl.arange(0, RUN)
+        k = group[:, None] + place[None, :]
+        start = tl.multiple_of(entry_positions(base, first, shift, group, count), RUN)
+        positions = start[:, None] + place[None, :].to(tl.int64)
+    return k, positions
+
+
+@triton.jit
+def address_of(table, position, DTYPE: tl.constexpr, RUN: tl.constexpr):
+    """Pointer to a tensor's data; with RUN the launcher has checked that it is aligned to 16 bytes."""
+    address = tl.load(table + position)
+    if RUN > 1:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
@@ -83,6 +111,11 @@ def common_dtype(what: str, tensors: Sequence[Tensor]) -> torch.dtype | None:
             f"expected {what} of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}."
         )
     return dtypes.pop() if dtypes else None
+
+
+def vector_run(run: int, *lists: Sequence[Tensor]) -> int:
+    """The run length to compile for: as given, or 1 where some tensor does not start on a 16-byte boundary."""
+    return run if all(t.data_ptr() % 16 == 0 for tensors in lists for t in tensors) else 1
 
 
 _TABLES_KEPT = 32

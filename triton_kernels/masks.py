@@ -3,10 +3,11 @@
 
 packed: uint8[ceil(n/8)], little bit order (entry i is bit i % 8 of byte i // 8), unused bits zero.
 
-One program takes a block of consecutive packed bytes, seen as a [BYTES, 8] tile of entries, so that the 8 entries of a
-byte belong to one thread and its load of them is one 8-byte word. Memory bounds them all: 1 byte per bool when packing,
-1/8 byte per entry when counting. A mask on a load keeps the compiler from widening it: only the last program has one.
-Counts are integer sums of one partial count per program, and each output has one writer: deterministic.
+Memory bounds packing, unpacking and counting: 1 byte per bool, 1/8 byte per entry. Whole blocks are moved as 32-bit words:
+4 bools become 4 bits (and back) by one multiplication, bits are counted in parallel. The last block goes by bytes.
+Indices take two passes: counts per block with a prefix sum, then every word writes its bits out, lowest first, as many
+times as the fullest word of the block has bits; that loop bounds it, not memory. Counts are integer sums, and each output
+has one writer: deterministic.
 """
 
 from __future__ import annotations
@@ -18,42 +19,51 @@ from torch import Tensor
 
 __all__ = ["mask_indices", "mask_overlap", "pack_mask", "popcount", "unpack_mask"]
 
-PACK_BYTES = 1024  # packed bytes of a program: 8192 entries, 64 per thread at 4 warps
-COUNT_BYTES = 4096  # 32 bytes per thread
+PACK_BYTES = 512  # packed bytes of a program: 4096 entries, 32 per thread at 4 warps
+COUNT_WORDS = 1024  # 8 words per thread at 4 warps
+INDEX_WORDS = 256  # 8 words per thread at 1 warp: fewer words make the fullest one emptier
 INT32_NUMEL = 2**31
 
 
 @triton.jit
-def _bit_counts(byte):
-    """Set bits of each byte (int32, 0..255)."""
-    pairs = byte - ((byte >> 1) & 0x55)
-    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return (nibbles + (nibbles >> 4)) & 0x0F
+def _bit_counts(x):
+    """Set bits of int32 words."""
+    pairs = x - ((x >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return (((nibbles + (nibbles >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
 
 
 @triton.jit
-def _load_bytes(packed, first, i, size, BYTES: tl.constexpr):
-    """Packed bytes first + i as int32[BYTES], zero past ``size``."""
-    if first + BYTES <= size:
-        byte = tl.load(packed + first + i)
+def _load_words(packed, first, size, WORDS: tl.constexpr):
+    """Words first .. first + WORDS of ``size`` packed bytes, int32[WORDS], zero past the end."""
+    i = tl.arange(0, WORDS)
+    if (first + WORDS) * 4 <= size:
+        words = tl.load(packed.to(tl.pointer_type(tl.int32)) + first + i)
     else:
-        byte = tl.load(packed + first + i, mask=first + i < size, other=0)
-    return byte.to(tl.int32)
+        j = tl.arange(0, 4)
+        at = (first + i)[:, None] * 4 + j[None, :]
+        byte = tl.load(packed + at, mask=at < size, other=0).to(tl.int32)
+        words = tl.sum(byte << (8 * j)[None, :], axis=1)
+    return words
 
 
 @triton.jit(do_not_specialize=["numel"])
 def _pack_kernel(bools, packed, numel, BYTES: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BYTES
     i = tl.arange(0, BYTES)
-    bit = tl.arange(0, 8)
-    entry = i[:, None] * 8 + bit[None, :]  # [BYTES, 8]
-    source = bools + first * 8 + entry
     if (first + BYTES) * 8 <= numel:
-        value = (tl.load(source) != 0).to(tl.int32)
-        byte = tl.sum(value << bit[None, :], axis=1)
+        half = tl.arange(0, 2)
+        words = bools.to(tl.pointer_type(tl.int32)) + first * 2
+        x = tl.load(words + (i[:, None] * 2 + half[None, :]))  # 4 bools each
+        # 0x80 in every byte that is not 0, whatever it holds; then bits 7, 15, 23, 31 move to 28, 29, 30, 31.
+        marks = (((x & 0x7F7F7F7F) + 0x7F7F7F7F) | x) & -0x7F7F7F80
+        nibble = ((marks * 0x00204081) >> 28) & 0x0F
+        byte = tl.sum(nibble << (4 * half)[None, :], axis=1)
         tl.store(packed + first + i, byte.to(tl.uint8))
     else:
-        value = (tl.load(source, mask=first * 8 + entry < numel, other=0) != 0).to(tl.int32)
+        bit = tl.arange(0, 8)
+        entry = first * 8 + (i[:, None] * 8 + bit[None, :])
+        value = (tl.load(bools + entry, mask=entry < numel, other=0) != 0).to(tl.int32)
         byte = tl.sum(value << bit[None, :], axis=1)
         tl.store(packed + first + i, byte.to(tl.uint8), mask=(first + i) * 8 < numel)
 
@@ -62,57 +72,66 @@ def _pack_kernel(bools, packed, numel, BYTES: tl.constexpr):
 def _unpack_kernel(packed, bools, numel, BYTES: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BYTES
     i = tl.arange(0, BYTES)
-    bit = tl.arange(0, 8)
-    entry = i[:, None] * 8 + bit[None, :]  # [BYTES, 8]
-    byte = _load_bytes(packed, first, i, (numel + 7) // 8, BYTES)
-    value = ((byte[:, None] >> bit[None, :]) & 1).to(tl.uint8)
-    target = bools + first * 8 + entry
+    byte = tl.load(packed + first + i, mask=(first + i) * 8 < numel, other=0).to(tl.int32)
     if (first + BYTES) * 8 <= numel:
-        tl.store(target, value)
+        half = tl.arange(0, 2)
+        nibble = (byte[:, None] >> (4 * half)[None, :]) & 0x0F
+        words = bools.to(tl.pointer_type(tl.int32)) + first * 2
+        tl.store(words + (i[:, None] * 2 + half[None, :]), (nibble * 0x00204081) & 0x01010101)
     else:
-        tl.store(target, value, mask=first * 8 + entry < numel)
+        bit = tl.arange(0, 8)
+        entry = first * 8 + (i[:, None] * 8 + bit[None, :])
+        value = ((byte[:, None] >> bit[None, :]) & 1).to(tl.uint8)
+        tl.store(bools + entry, value, mask=entry < numel)
 
 
-@triton.jit(do_not_specialize=["size"])
-def _count_kernel(packed, counts, size, BYTES: tl.constexpr):
+@triton.jit(do_not_specialize=["size", "blocks"])
+def _count_kernel(packed, counts, size, blocks, WORDS: tl.constexpr, ROWS: tl.constexpr):
+    """Set bits of each block of WORDS words; a program takes ROWS blocks."""
     program = tl.program_id(0).to(tl.int64)
-    byte = _load_bytes(packed, program * BYTES, tl.arange(0, BYTES), size, BYTES)
-    tl.store(counts + program, tl.sum(_bit_counts(byte), axis=0).to(tl.int64))
+    count = _bit_counts(_load_words(packed, program * (WORDS * ROWS), size, WORDS * ROWS))
+    row = program * ROWS + tl.arange(0, ROWS)
+    tl.store(counts + row, tl.sum(tl.reshape(count, [ROWS, WORDS]), axis=1).to(tl.int64), mask=row < blocks)
 
 
 @triton.jit(do_not_specialize=["size", "programs"])
-def _overlap_kernel(a, b, counts, size, programs, BYTES: tl.constexpr):
+def _overlap_kernel(a, b, counts, size, programs, WORDS: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BYTES)
-    x = _load_bytes(a, program * BYTES, i, size, BYTES)
-    y = _load_bytes(b, program * BYTES, i, size, BYTES)
+    x = _load_words(a, program * WORDS, size, WORDS)
+    y = _load_words(b, program * WORDS, size, WORDS)
     tl.store(counts + program, tl.sum(_bit_counts(x & y), axis=0).to(tl.int64))
     tl.store(counts + programs + program, tl.sum(_bit_counts(x | y), axis=0).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["size"])
-def _indices_kernel(packed, ends, indices, size, BYTES: tl.constexpr):
-    """Second pass: an entry's place is the count before its block (``ends``: counts up to and with each block), plus
-    the count before its byte (a scan over the block's bytes), plus the set bits below it in its byte."""
+def _indices_kernel(packed, ends, indices, size, WORDS: tl.constexpr):
+    """Second pass: a bit's place is the count before its block (``ends``: counts up to and with each block), plus the
+    count before its word (a scan over the block), plus the bits below it."""
     program = tl.program_id(0).to(tl.int64)
-    first = program * BYTES
-    i = tl.arange(0, BYTES)
-    bit = tl.arange(0, 8)
-    byte = _load_bytes(packed, first, i, size, BYTES)
-    count = _bit_counts(byte)
-    before_byte = tl.cumsum(count, axis=0) - count
+    x = _load_words(packed, program * WORDS, size, WORDS)
+    count = _bit_counts(x)
     before_block = tl.load(ends + program) - tl.sum(count, axis=0)
-    below = _bit_counts(byte[:, None] & ((1 << bit) - 1)[None, :])  # [BYTES, 8]
-    place = before_byte[:, None] + below
-    index = (first + i.to(tl.int64))[:, None] * 8 + bit[None, :]
-    is_set = ((byte[:, None] >> bit[None, :]) & 1) != 0
-    tl.store(indices + before_block + place, index.to(indices.dtype.element_ty), mask=is_set)
+    target = indices + before_block + (tl.cumsum(count, axis=0) - count)
+    first_entry = ((program * WORDS + tl.arange(0, WORDS)) * 32).to(indices.dtype.element_ty)
+    fullest = tl.max(count, axis=0)
+    for n in range(0, fullest):
+        lowest = x & -x
+        # The exponent of a power of two is the place of its bit; bit 31 is a negative number.
+        bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+        tl.store(target + n, first_entry + bit, mask=x != 0)
+        x = x & (x - 1)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, from a 4-byte boundary on: kernels read words."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 4 == 0 else tensor.clone()
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """bool (any shape, n entries) -> uint8[ceil(n/8)]."""
-    bools = mask.contiguous()
+    bools = _aligned(mask)
     numel = bools.numel()
     packed = bools.new_empty(((numel + 7) // 8,), dtype=torch.uint8)
     if numel:
@@ -133,29 +152,30 @@ def unpack_mask(packed: Tensor, numel: int) -> Tensor:
     return bools
 
 
-def _block_counts(packed: Tensor, size: int) -> Tensor:
-    """Set bits of each block of ``size`` bytes -> int64[blocks]."""
-    counts = packed.new_empty((triton.cdiv(packed.numel(), size),), dtype=torch.int64)
-    if counts.numel():
-        _count_kernel[(counts.numel(),)](packed, counts, packed.numel(), BYTES=size)
+def _block_counts(packed: Tensor, words: int) -> Tensor:
+    """Set bits of each block of ``words`` words -> int64[blocks]."""
+    blocks, rows = triton.cdiv(packed.numel(), 4 * words), COUNT_WORDS // words
+    counts = packed.new_empty((blocks,), dtype=torch.int64)
+    if blocks:
+        _count_kernel[(triton.cdiv(blocks, rows),)](packed, counts, packed.numel(), blocks, WORDS=words, ROWS=rows)
     return counts
 
 
 def popcount(packed: Tensor) -> Tensor:
     """uint8[...] -> int64[], the number of set bits."""
-    packed = packed.contiguous()
+    packed = _aligned(packed)
     with torch.cuda.device_of(packed):
-        return _block_counts(packed, COUNT_BYTES).sum()
+        return _block_counts(packed, COUNT_WORDS).sum()
 
 
 def mask_overlap(a: Tensor, b: Tensor) -> Tensor:
     """Two packed masks of one length -> int64[2]: sizes of the intersection and of the union."""
-    a, b = a.contiguous(), b.contiguous()
-    programs = triton.cdiv(a.numel(), COUNT_BYTES)
+    a, b = _aligned(a), _aligned(b)
+    programs = triton.cdiv(a.numel(), 4 * COUNT_WORDS)
     counts = a.new_empty((2, programs), dtype=torch.int64)
     with torch.cuda.device_of(a):
         if programs:
-            _overlap_kernel[(programs,)](a, b, counts, a.numel(), programs, BYTES=COUNT_BYTES)
+            _overlap_kernel[(programs,)](a, b, counts, a.numel(), programs, WORDS=COUNT_WORDS)
         return counts.sum(dim=1)
 
 
@@ -164,11 +184,11 @@ def mask_indices(packed: Tensor, numel: int) -> Tensor:
 
     Waits for the device once: the size of the output depends on the data.
     """
-    packed = packed.contiguous()
+    packed = _aligned(packed)
     dtype = torch.int32 if numel <= INT32_NUMEL else torch.int64
     with torch.cuda.device_of(packed):
-        ends = _block_counts(packed, PACK_BYTES).cumsum(0)
+        ends = _block_counts(packed, INDEX_WORDS).cumsum(0)
         indices = packed.new_empty((int(ends[-1]) if numel else 0,), dtype=dtype)
         if indices.numel():
-            _indices_kernel[(ends.numel(),)](packed, ends, indices, packed.numel(), BYTES=PACK_BYTES)
+            _indices_kernel[(ends.numel(),)](packed, ends, indices, packed.numel(), WORDS=INDEX_WORDS, num_warps=1)
     return indices

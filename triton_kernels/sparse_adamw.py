@@ -12,12 +12,14 @@ residual int16[N]; hyper float64[G, 8]; steps fp32[T]; cohorts uint8[N]; births 
    of this step, in float64. lr, step, clip coefficient and the overflow flag stay on the device: nothing is read back
    and nothing is compiled again when they change. With cohorts, `_corrections_kernel` (one lane per tensor and cohort)
    makes the step sizes and roots of each age.
-2. `_step_kernel`, one program per row of the chunk table (at most 4096 entries, 16 per thread at 8 warps: the loads of
-   all of them are in flight together, which a random gather needs). Memory bounds it: a random entry moves a 32-byte
-   sector of the weights in and out, and its state once each way.
+2. `_step_kernel`, several programs per row of the chunk table. Memory bounds it: a random entry moves a 64-byte piece of
+   the weights out (and of weights and gradients in), and its state once each way. One entry per thread measured best for
+   single entries: more warps hide the latency of a gather better than more loads per thread. Groups of RUN consecutive
+   entries are moved 16 bytes at a time. A DRAM piece that is written in part is read first by the memory itself, so a
+   kernel that also reads the weights (residual) pays for that piece twice; a master copy saves the second read.
 
-Products and sums are not contracted, and roots and quotients are correctly rounded, so that results follow PyTorch's to
-the last bits. Each entry has one writer: deterministic.
+Products and sums are not contracted; roots and quotients of fp32 have the hardware's error of at most 2 units in the last
+place, of the update, not of the weight. Each entry has one writer: deterministic.
 """
 
 from __future__ import annotations
@@ -33,19 +35,25 @@ from sparseopt.triton_kernels.common import (
     CHUNK,
     INTERPRET,
     TL_DTYPES,
+    address_of,
+    block_of_entries,
     common_dtype,
-    entry_positions,
     narrow,
     pointer_table,
+    vector_run,
     widen,
 )
 
 __all__ = ["sparse_adamw_"]
 
 # Columns of the table of constants, ACC[T, CONSTANTS]:
-# present, decay, 1 - beta1, beta2, 1 - beta2, eps, factor of the gradient, amsgrad, step size, root
+# present, decay, 1 - beta1, beta2, 1 - beta2, eps, factor of the gradient, amsgrad, step size, 1 / root
 CONSTANTS = tl.constexpr(10)
 ROWS_PER_PROGRAM = 128  # of the tables of constants
+# Single entries per program at 8 warps, by the dtype of the offsets: at low density, where int32 is used, programs that
+# give every entry to two threads hide a little more latency. The interpreter's time goes by programs.
+ENTRIES = {torch.int16: 512, torch.int32: 1024} if INTERPRET else {torch.int16: 256, torch.int32: 128}
+RUN_ENTRIES = 1024  # of runs per program
 
 # As sparseopt.reference.RESIDUAL_LIMIT: rounding a master always returns its weight.
 RESIDUAL_LIMIT = {torch.bfloat16: 2**15 - 1, torch.float16: 2**12 - 1}
@@ -59,13 +67,13 @@ def _power(base, exponent):
 
 @triton.jit
 def _store_corrections(out, age, lr, beta1, beta2, correct, valid):
-    """out[0] = lr / (1 - beta1^age), out[1] = sqrt(1 - beta2^age); lr and 1 without correction."""
+    """out[0] = lr / (1 - beta1^age), out[1] = 1 / sqrt(1 - beta2^age); lr and 1 without correction."""
     age = age.to(tl.float64)
     one = 1.0 + 0 * age
     step_size = tl.where(correct, lr / (1 - _power(beta1, age)), lr)
-    root = tl.where(correct, tl.sqrt(1 - _power(beta2, age)), one)
+    inverse_root = tl.where(correct, 1 / tl.sqrt(1 - _power(beta2, age)), one)
     tl.store(out, step_size.to(out.dtype.element_ty), mask=valid)
-    tl.store(out + 1, root.to(out.dtype.element_ty), mask=valid)
+    tl.store(out + 1, inverse_root.to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -136,30 +144,12 @@ def _corrections_kernel(
     _store_corrections(corrections + pair * 2, tl.maximum(age, 1.0), lr, beta1, beta2, correct, valid)
 
 
-@triton.jit
-def _sqrt(x):
-    if x.dtype == tl.float32:
-        result = tl.sqrt_rn(x)
-    else:
-        result = tl.sqrt(x)  # float64: correctly rounded already
-    return result
-
-
-@triton.jit
-def _divide(x, y):
-    if x.dtype == tl.float32:
-        result = tl.div_rn(x, y)
-    else:
-        result = x / y
-    return result
-
-
 @triton.jit(do_not_specialize=["cohort_count"])
 def _step_kernel(
     param_addresses,  # int64 [T], addresses
     grad_addresses,  # int64 [T], addresses, or None
     compact,  # ACC [N] or None
-    indices,  # int32
+    indices,  # int16 or int32
     chunks,  # int64 [C, 6]
     constants,  # ACC [T, CONSTANTS]
     corrections,  # ACC [T, K, 2] or None
@@ -167,30 +157,44 @@ def _step_kernel(
     exp_avg_sq,  # ACC [N]
     max_exp_avg_sq,  # ACC [N] or None
     residual,  # int16 [N] or None
+    master,  # fp32 [N] or None
     cohorts,  # uint8 [N] or None
     cohort_count,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     RESIDUAL_LIMIT: tl.constexpr,
     BF16_BITS: tl.constexpr,
+    FOLLOW: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # per row of the chunk table
 ):
-    row = chunks + tl.program_id(0).to(tl.int64) * 6
+    program = tl.program_id(0)
+    row = chunks + (program // BLOCKS).to(tl.int64) * 6
+    sub = program % BLOCKS
     tensor = tl.load(row)
+    count = tl.load(row + 3).to(tl.int32)
     c = constants + tensor * CONSTANTS
-    if tl.load(c) != 0:  # has a gradient, and the step is not skipped
+    present = tl.load(c) != 0  # has a gradient, and the step is not skipped
+    if present & (sub * BLOCK < count):
         ACC: tl.constexpr = constants.dtype.element_ty
-        k = tl.arange(0, BLOCK)
-        valid = k < tl.load(row + 3)
-        entry = tl.load(row + 2) + k  # int64 [BLOCK]
-        positions = entry_positions(row, indices, k, valid)
+        shift = tl.load(row + 5).to(tl.int32)
+        k, positions = block_of_entries(sub, tl.load(row + 1), indices + tl.load(row + 4), shift, count, RUN, BLOCK)
+        valid = k < count
+        entry = tl.load(row + 2) + k  # int64
 
-        weights = tl.load(param_addresses + tensor).to(tl.pointer_type(PARAM)) + positions
-        w = widen(tl.load(weights, mask=valid, other=0), ACC)
+        weights = address_of(param_addresses, tensor, PARAM, RUN) + positions
+        if master is not None:
+            w = tl.load(master + entry, mask=valid, other=0)
+            if FOLLOW:
+                there = widen(tl.load(weights, mask=valid, other=0), ACC)
+                w = tl.where(widen(narrow(w, PARAM, BF16_BITS), ACC) == there, w, there)
+        else:
+            w = widen(tl.load(weights, mask=valid, other=0), ACC)
         if compact is not None:
             g = tl.load(compact + entry, mask=valid, other=0)
         else:
-            grad = tl.load(grad_addresses + tensor).to(tl.pointer_type(GRAD))
+            grad = address_of(grad_addresses, tensor, GRAD, RUN)
             g = widen(tl.load(grad + positions, mask=valid, other=0), ACC)
         m = tl.load(exp_avg + entry, mask=valid, other=0)
         v = tl.load(exp_avg_sq + entry, mask=valid, other=0)
@@ -213,16 +217,18 @@ def _step_kernel(
             cohort = tl.load(cohorts + entry, mask=valid, other=0).to(tl.int64)
             pair = corrections + (tensor * cohort_count + cohort) * 2
             step_size = tl.load(pair, mask=valid, other=0)
-            root = tl.load(pair + 1, mask=valid, other=1)
+            inverse_root = tl.load(pair + 1, mask=valid, other=1)
         else:
             step_size = tl.load(c + 8)
-            root = tl.load(c + 9) + tl.zeros([BLOCK], ACC)
-        w = w - step_size * _divide(m, _divide(_sqrt(second), root) + tl.load(c + 5))
+            inverse_root = tl.load(c + 9)
+        w = w - step_size * (m / (tl.sqrt(second) * inverse_root + tl.load(c + 5)))
 
         tl.store(exp_avg + entry, m, mask=valid)
         tl.store(exp_avg_sq + entry, v, mask=valid)
         rounded = narrow(w, PARAM, BF16_BITS)
         tl.store(weights, rounded, mask=valid)
+        if master is not None:
+            tl.store(master + entry, w, mask=valid)
         if residual is not None:
             difference = w.to(tl.int32, bitcast=True) - widen(rounded, tl.float32).to(tl.int32, bitcast=True)
             difference = tl.minimum(tl.maximum(difference, -RESIDUAL_LIMIT), RESIDUAL_LIMIT)
@@ -242,10 +248,13 @@ def sparse_adamw_(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     residual: Tensor | None,
+    master: Tensor | None,
     cohorts: Tensor | None,
     births: Tensor | None,
     multiplier: Tensor | None,
     skip: Tensor | None,
+    run: int,
+    follow: bool,
 ) -> None:
     """Launches the step; arguments as in :mod:`sparseopt._schema`. Never waits for the device."""
     dtype = common_dtype("parameters", params)
@@ -290,7 +299,10 @@ def sparse_adamw_(
             )
         if not len(chunks):
             return
-        _step_kernel[(len(chunks),)](
+        run = vector_run(run, params, grads)
+        block = ENTRIES[indices.dtype] if run == 1 else RUN_ENTRIES
+        blocks = CHUNK[indices.dtype] // block
+        _step_kernel[(len(chunks) * blocks,)](
             param_table,
             grad_table,
             compact_grad,
@@ -302,13 +314,17 @@ def sparse_adamw_(
             exp_avg_sq,
             max_exp_avg_sq,
             residual,
+            master,
             cohorts,
             cohort_count,
             PARAM=TL_DTYPES[dtype],
             GRAD=TL_DTYPES[grad_dtype],
             RESIDUAL_LIMIT=RESIDUAL_LIMIT.get(dtype, 0),
             BF16_BITS=INTERPRET and dtype == torch.bfloat16,
-            BLOCK=CHUNK,
+            FOLLOW=follow,
+            RUN=run,
+            BLOCK=block,
+            BLOCKS=blocks,
             enable_fp_fusion=False,
             num_warps=8,
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparseopt import functional
 from sparseopt.optim.plan import IndexPlan
+from sparseopt.reference import join_master, split_master
 
 __all__ = ["Arena", "Saved"]
 
@@ -23,7 +24,7 @@ class Saved:
 
     Attributes:
         values: ``step`` (0-d), and per active entry any of ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``,
-            ``residual``, ``cohorts``, ``base``; ``births`` fp32[K].
+            ``residual``, ``master``, ``cohorts``, ``base``; ``births`` fp32[K].
         positions: sorted flat indices of the entries that ``values`` speak of; None: the same entries as the arena's.
     """
 
@@ -39,12 +40,14 @@ class Arena:
         plan: where the active entries are.
         steps: fp32[T]; exp_avg, exp_avg_sq, max_exp_avg_sq: fp32[N] (fp64[N] for fp64 parameters).
         residual: int16[N], what a 16-bit weight lacks of its fp32 master weight, or None.
+        master: fp32[N], the master weights themselves, or None.
         cohorts, births: uint8[N] and fp32[T, K] once entries of different ages exist, else None.
-        compact: fp32[N] gradients of the active entries, allocated when first needed.
+        compact: fp32[N] gradients of the active entries, there from the first gather to the end of the step.
+        squares: fp32[C * n], sums of squares of ``compact``, n by row of the chunk table; 0 where nothing was gathered.
         base: the active entries before training, in the parameters' dtype, where somebody asked for them.
     """
 
-    PER_ENTRY = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "residual", "cohorts", "base")
+    PER_ENTRY = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "residual", "master", "cohorts", "base")
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class Arena:
         groups: Sequence[int],
         *,
         amsgrad: bool,
-        master_weights: bool,
+        master_weights: str | None,
     ) -> None:
         self.names, self.params = list(names), list(params)
         self.device, self.dtype = params[0].device, params[0].dtype
@@ -65,11 +68,22 @@ class Arena:
         self.exp_avg = self._zeros(n)
         self.exp_avg_sq = self._zeros(n)
         self.max_exp_avg_sq = self._zeros(n) if amsgrad else None
-        has_master = master_weights and self.dtype in (torch.bfloat16, torch.float16)
-        self.residual = torch.zeros(n, dtype=torch.int16, device=self.device) if has_master else None
+        kind = master_weights if self.dtype in (torch.bfloat16, torch.float16) else None
+        self.residual = torch.zeros(n, dtype=torch.int16, device=self.device) if kind == "residual" else None
+        self.master: Tensor | None = None
+        # (address, version) of each parameter when its master weights were last known to be right.
+        self._seen: list[tuple[int, int]] = []
+        if kind == "fp32":
+            self.master = self._zeros(n)
+            functional.gather_grads_(self.master, [p.detach().contiguous() for p in params], self.plan)
+            self._look()
         self.cohorts: Tensor | None = None
         self.births: Tensor | None = None
         self.compact: Tensor | None = None
+        self.squares = torch.zeros(
+            len(self.plan.chunks) * self.plan.squares_per_chunk, dtype=self.state_dtype, device=self.device
+        )
+        self._views: tuple[list[int], list[Tensor]] = ([], [])
         self.base: Tensor | None = None
         self.groups = torch.tensor(list(groups), dtype=torch.int32, device=self.device)
         self.hyper: Tensor | None = None
@@ -101,7 +115,14 @@ class Arena:
 
     def nbytes(self) -> int:
         """Bytes of persistent state: moments, residuals, ages, base copy, indices, tables (not ``compact``)."""
-        tensors = [self.steps, self.groups, self.hyper, self.births, *(getattr(self, n) for n in self.PER_ENTRY)]
+        tensors = [
+            self.steps,
+            self.groups,
+            self.hyper,
+            self.births,
+            self.squares,
+            *(getattr(self, n) for n in self.PER_ENTRY),
+        ]
         return self.plan.nbytes + sum(t.nbytes for t in tensors if t is not None)
 
     # ---- hyper-parameters ----------------------------------------------------------------------------------------------
@@ -123,40 +144,76 @@ class Arena:
     # ---- gradients and the step --------------------------------------------------------------------------------------
     def gradient_buffer(self) -> Tensor:
         if self.compact is None:
-            self.compact = self._zeros(self.plan.active)
+            self.compact = torch.empty(self.plan.active, dtype=self.state_dtype, device=self.device)
         return self.compact
 
-    def gather(self, tensor: int, grad: Tensor, accumulate: bool) -> None:
-        """Adds (or writes) the active entries of one tensor's dense gradient to the compact buffer."""
+    def gather(self, first: int, grads: Sequence[Tensor], accumulate: bool) -> None:
+        """Adds (or writes) the active entries of dense gradients of the tensors ``first ..`` to the compact buffer."""
+        grads = [g.contiguous() for g in grads]
         functional.gather_grads_(
-            self.gradient_buffer(), [grad.contiguous()], self.plan, first_tensor=tensor, accumulate=accumulate
+            self.gradient_buffer(), grads, self.plan, first_tensor=first, accumulate=accumulate, squares=self.squares
         )
 
-    def forget_absent(self, present: Sequence[bool]) -> None:
-        """Zeroes the compact gradients of tensors without one, so that norms do not see an earlier step's."""
-        buffer = self.gradient_buffer()
-        for tensor, here in enumerate(present):
-            if not here:
-                buffer[self.plan.arena(tensor)].zero_()
+    def set_gradient(self, tensor: int, values: Tensor) -> None:
+        """Puts compact gradients of one tensor into the buffer."""
+        self.gradient_buffer()[self.plan.arena(tensor)] = values.to(self.device)
+        rows = slice(self.plan.first_chunk[tensor], self.plan.first_chunk[tensor + 1])
+        sums = torch.cat([values.new_zeros(1, dtype=torch.float64), values.double().square().cumsum(0)]).to(self.device)
+        start = self.plan.chunks[rows, 2] - self.plan.starts[tensor]
+        table = self.squares.view(len(self.plan.chunks), -1)
+        table[rows] = 0
+        table[rows, 0] = (sums[start + self.plan.chunks[rows, 3]] - sums[start]).to(self.state_dtype)
+
+    def forget_gradients(self, keep_buffer: bool) -> None:
+        """After a step: the buffer is idle until the next backward, and its memory is of use elsewhere."""
+        self.squares.zero_()
+        if not keep_buffer:
+            self.compact = None
 
     def step(self, present: Sequence[bool], grads: Sequence[Tensor] | Tensor, multiplier: Tensor | None,
              skip: Tensor | None) -> None:  # fmt: skip
         """One update of the tensors marked ``present``."""
         assert self.hyper is not None
-        nothing = self.params[0].new_empty(0)
-        # A parameter that is not laid out row by row is updated through a copy: correct, not fast.
-        contiguous = [
-            p.detach().contiguous() if here else nothing for p, here in zip(self.params, present, strict=True)
-        ]
+        follow = self.master is not None and self._seen != [(p.data_ptr(), p._version) for p in self.params]
+        views = self._contiguous()
+        if not all(present):
+            nothing = self.params[0].new_empty(0)
+            views = [view if here else nothing for view, here in zip(views, present, strict=True)]
         functional.sparse_adamw_(
-            contiguous, grads, self.plan, groups=self.groups, hyper=self.hyper, steps=self.steps, exp_avg=self.exp_avg,
-            exp_avg_sq=self.exp_avg_sq, max_exp_avg_sq=self.max_exp_avg_sq, residual=self.residual,
+            views, grads, self.plan, groups=self.groups, hyper=self.hyper, steps=self.steps, exp_avg=self.exp_avg,
+            exp_avg_sq=self.exp_avg_sq, max_exp_avg_sq=self.max_exp_avg_sq, residual=self.residual, master=self.master,
             cohorts=self.cohorts, births=self.births, multiplier=_on(multiplier, self.device),
-            skip=_on(skip, self.device),
+            skip=_on(skip, self.device), follow=follow,
         )  # fmt: skip
-        for param, updated, here in zip(self.params, contiguous, present, strict=True):
+        for param, updated, here in zip(self.params, views, present, strict=True):
             if here and updated.data_ptr() != param.data_ptr():
                 param.copy_(updated)
+        if not follow or all(present):  # else some tensors are still to be compared
+            self._look()
+
+    def _contiguous(self) -> list[Tensor]:
+        """The parameters as kernels take them: row by row, without autograd. Others are updated through a copy."""
+        addresses = [p.data_ptr() for p in self.params]
+        if addresses != self._views[0]:
+            views = [p.detach().contiguous() for p in self.params]
+            if [v.data_ptr() for v in views] != addresses:
+                return views  # copies are good for one step
+            self._views = (addresses, views)
+        return self._views[1]
+
+    # ---- master weights and others who write the parameters ----------------------------------------------------------
+    def _look(self) -> None:
+        if self.master is not None:
+            self._seen = [(p.data_ptr(), p._version) for p in self.params]
+
+    def forget_master_precision(self) -> None:
+        """Makes the weights as they are the exact master weights."""
+        if self.residual is not None:
+            self.residual.zero_()
+        if self.master is not None:
+            for tensor in range(self.plan.tensors):
+                self.master[self.plan.arena(tensor)] = self.values(tensor).float()
+            self._look()
 
     # ---- active entries of the parameters ----------------------------------------------------------------------------
     def values(self, tensor: int) -> Tensor:
@@ -193,21 +250,33 @@ class Arena:
             at = torch.searchsorted(old, new).clamp(max=max(old.numel() - 1, 0))
             known = (old[at] == new) if old.numel() else torch.zeros(count, dtype=torch.bool, device=self.device)
             source = at[known]
+        values = self._master_as_kept(tensor, values, known, source)
         for name in self.PER_ENTRY:
             if name not in values or name == "cohorts":
                 continue
             if name == "base" and self.base is None:
                 self.base = torch.cat([self.values(t) for t in range(self.plan.tensors)])
             buffer = getattr(self, name)
-            if buffer is None:
-                continue
-            value = values[name].reshape(-1).to(self.device, buffer.dtype)
-            if source is None or known is None:
-                buffer[entries] = value
-            else:
-                view = buffer[entries]
-                view[known] = value[source]
+            if buffer is not None:
+                _put(buffer[entries], values[name], known, source)
+        self._seen = []  # compare with the weights at the next step, whatever was loaded when
         self._adopt_ages(tensor, values, known, source)
+
+    def _master_as_kept(
+        self, tensor: int, values: dict[str, Tensor], known: Tensor | None, source: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Turns master weights saved as residual into a copy, or the other way round, where this arena keeps the other."""
+        weights, values = self.values(tensor), dict(values)
+        if self.master is not None and "residual" in values:
+            rest = torch.zeros_like(weights, dtype=torch.int16)
+            _put(rest, values.pop("residual"), known, source)
+            self.master[self.plan.arena(tensor)] = join_master(weights, rest)
+        elif self.residual is not None and "master" in values:
+            master = weights.float()
+            _put(master, values.pop("master"), known, source)
+            rounded, rest = split_master(master, self.dtype)
+            self.residual[self.plan.arena(tensor)] = torch.where(rounded == weights, rest, 0)
+        return values
 
     def _adopt_ages(self, tensor: int, values: dict[str, Tensor], known: Tensor | None, source: Tensor | None) -> None:
         step = float(self.steps[tensor])
@@ -238,6 +307,15 @@ class Arena:
             self.births = wider
         self.births[tensor, : births.numel()] = births
         self.cohorts[self.plan.arena(tensor)] = cohorts
+
+
+def _put(target: Tensor, values: Tensor, known: Tensor | None, source: Tensor | None) -> None:
+    """target = values; where entries differ, only those that are ``known``, from ``source``."""
+    values = values.reshape(-1).to(target.device, target.dtype)
+    if source is None or known is None:
+        target.copy_(values)
+    else:
+        target[known] = values[source]
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:

@@ -1,8 +1,9 @@
 """Gradient capture: the active entries of each gradient are gathered as backward produces it, and the rest is freed.
 
-A hook runs after autograd has accumulated a parameter's gradient: it adds the active entries to a compact fp32 buffer and
-drops ``param.grad``, so that dense gradients of different parameters never exist at the same time. Every call accumulates
-(reentrant checkpointing fires once per segment, tied weights once, micro-batches once each); ``step()`` consumes.
+A hook runs after autograd has accumulated a parameter's gradient: it takes ``param.grad`` away and adds the active entries
+to a compact fp32 buffer. On a GPU dense gradients wait until ``WAITING_BYTES`` of them are there, so that one launch serves
+many small parameters; never more of them coexist. Every call accumulates (reentrant checkpointing fires once per segment,
+tied weights once, micro-batches once each); ``step()`` consumes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sparseopt.optim.sparse_adamw import SparseAdamW
 
-__all__ = ["GradientCapture"]
+__all__ = ["WAITING_BYTES", "GradientCapture"]
+
+WAITING_BYTES = 64 * 2**20
 
 
 class GradientCapture:
@@ -27,6 +30,9 @@ class GradientCapture:
         self._optimizer = weakref.ref(optimizer)
         self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
         self.captured: set[Tensor] = set()
+        # Dense gradients that are still to be gathered: (gradient, whether to add to what is in the buffer).
+        self._waiting: dict[Tensor, tuple[Tensor, bool]] = {}
+        self._waiting_bytes = 0
         self.arm()
 
     def arm(self) -> None:
@@ -43,7 +49,16 @@ class GradientCapture:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets every captured gradient."""
         self.captured.clear()
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        optimizer = self._optimizer()
+        for arena in optimizer._arenas if optimizer is not None else ():
+            arena.squares.zero_()
 
     def _hook(self, param: Tensor) -> None:
         optimizer = self._optimizer()
@@ -68,15 +83,38 @@ class GradientCapture:
             return
         if grad.layout != torch.strided:
             raise RuntimeError(f"SparseAdamW does not support sparse gradients (parameter {arena.names[tensor]!r}).")
-        if arena.plan.counts[tensor]:
-            arena.gather(tensor, grad.detach(), accumulate=param in self.captured)
         param.grad = None
+        if arena.plan.counts[tensor]:
+            if param in self._waiting:
+                self.flush()
+            self._waiting[param] = (grad.detach(), param in self.captured)
+            self._waiting_bytes += grad.nbytes
         self.captured.add(param)
+        if self._waiting_bytes >= WAITING_BYTES or param.device.type == "cpu":
+            self.flush()
+
+    def flush(self) -> None:
+        """Gathers the waiting gradients: one launch for each arena, and for new and accumulating ones."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        calls: dict[tuple[int, bool], dict[int, Tensor]] = {}
+        for param, (grad, accumulate) in self._waiting.items():
+            arena, tensor = optimizer._slots[param]
+            calls.setdefault((optimizer._arenas.index(arena), accumulate), {})[tensor] = grad
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        for (position, accumulate), grads in calls.items():
+            first, last = min(grads), max(grads)
+            nothing = grads[first].new_empty(0)
+            listed = [grads.pop(tensor, nothing) for tensor in range(first, last + 1)]
+            optimizer._arenas[position].gather(first, listed, accumulate)
 
     def pending(self) -> dict[str, Tensor]:
         """Captured gradients that no step has consumed, by parameter name: compact, in the state's dtype."""
         optimizer = self._optimizer()
         assert optimizer is not None
+        if self._waiting:
+            self.flush()
         homes = [optimizer._slots[param] for param in self.captured]
         return {arena.names[t]: arena.gradient_buffer()[arena.plan.arena(t)] for arena, t in homes}
 
@@ -87,7 +125,7 @@ class GradientCapture:
         self.captured.clear()
         for param, (arena, t) in optimizer._slots.items():
             if arena.names[t] in pending:
-                arena.gradient_buffer()[arena.plan.arena(t)] = pending[arena.names[t]].to(arena.device)
+                arena.set_gradient(t, pending[arena.names[t]])
                 self.captured.add(param)
 
     def take_dense(self) -> None:

@@ -104,7 +104,7 @@ def load_state_dict(optimizer: SparseAdamW, given: dict[str, Any]) -> None:
     optimizer._masks, optimizer._saved, optimizer._dirty = current, saved, True
     optimizer.state.clear()
     if optimizer._capture is not None:
-        optimizer._capture.captured.clear()
+        optimizer._capture.discard()
     for group, saved_group in zip(groups, saved_groups, strict=True):
         keep: dict[str, Any] = {k: group[k] for k in ("params", "param_names") if k in group}
         group.update({k: v for k, v in saved_group.items() if k not in ("params", "param_names")})
@@ -153,7 +153,7 @@ def _is_compact(param: Tensor, entry: dict[str, Any]) -> bool:
     dicts (torch.distributed.checkpoint) keep ``state`` and ``param_groups`` only."""
     moment = entry.get("exp_avg")
     flat = isinstance(moment, Tensor) and moment.dim() == 1 and moment.numel() == param.numel() and param.dim() != 1
-    return flat or any(key in entry for key in ("mask", "residual", "cohorts"))
+    return flat or any(key in entry for key in ("mask", "residual", "master", "cohorts"))
 
 
 def _same_mask(a: Tensor | None, b: Tensor | None, numel: int) -> bool:

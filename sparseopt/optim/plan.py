@@ -1,7 +1,8 @@
 """The index plan: where the active entries of a list of tensors are, as kernels want it.
 
 Offsets are stored relative to a chunk's base, one per entry, or one per aligned run where the mask is made of runs; a
-fully active tensor stores none. The chunk table is described in :mod:`sparseopt._schema`.
+fully active tensor stores none. They take 2 bytes where chunks of 1024 entries span less than 2^16 elements (densities
+above some 2%), else 4 bytes in chunks of 4096. The chunk table is described in :mod:`sparseopt._schema`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from sparseopt.reference import arena_positions
 
 __all__ = ["CHUNK", "IndexPlan"]
 
-# Arena entries per chunk: the unit of work of a thread block, and of a thread's share on the CPU. A power of two.
-CHUNK = 4096
-# Chunks never straddle these boundaries, so that offsets within a chunk fit int32 whatever the size of the tensor.
-SEGMENT_BITS = 31
+# Arena entries per chunk at most, by the dtype of the offsets: powers of two. A chunk is the unit of work of a thread
+# block, and of a thread's share on the CPU.
+CHUNK = {torch.int16: 1024, torch.int32: 4096}
+# A chunk spans less than 2^bits elements: int16 offsets are signed, from a base in the middle.
+SPAN_BITS = {torch.int16: 16, torch.int32: 31}
+ROW_BYTES = 48
+# Sums of squares are kept for this many entries at most each, the first for the start of a chunk.
+SQUARES = 1024
 # Aligned runs that kernels use, longest first: 64 entries are one 64-bit word of the packed mask.
 RUN_WORDS = ((64, torch.int64), (32, torch.int32), (16, torch.int16), (8, torch.uint8))
 
@@ -34,9 +39,10 @@ class IndexPlan:
         counts: active entries of each tensor, T numbers.
         starts: first arena entry of each tensor, T + 1 numbers; ``starts[T]`` is N.
         runs: length of the aligned runs that each tensor's mask is stored in (1: single entries; 0: all active).
-        indices: int32 offsets, see :mod:`sparseopt._schema`.
+        indices: int16 or int32 offsets, see :mod:`sparseopt._schema`.
         chunks: int64[C, 6], see :mod:`sparseopt._schema`.
         first_chunk: first row of each tensor in ``chunks``, T + 1 numbers.
+        run: the longest run (8 to 64) that every chunk is made of, aligned; 1 if there is none.
     """
 
     numels: tuple[int, ...]
@@ -46,6 +52,7 @@ class IndexPlan:
     indices: Tensor
     chunks: Tensor
     first_chunk: tuple[int, ...]
+    run: int = 1
 
     @property
     def tensors(self) -> int:
@@ -54,6 +61,11 @@ class IndexPlan:
     @property
     def active(self) -> int:
         return self.starts[-1]
+
+    @property
+    def squares_per_chunk(self) -> int:
+        """Sums of squares that gathering keeps for each row of ``chunks``."""
+        return CHUNK[self.indices.dtype] // SQUARES
 
     @property
     def nbytes(self) -> int:
@@ -82,23 +94,27 @@ class IndexPlan:
             packed: per tensor uint8[ceil(n/8)] on the CPU, or None where every entry is active.
             numels: per tensor n.
         """
-        offsets: list[Tensor] = [torch.zeros(1, dtype=torch.int32)]  # offset 0, shared by all contiguous chunks
+        found = [None if mask is None else _runs(mask, numel) for mask, numel in zip(packed, numels, strict=True)]
+        # What is fully active needs no offsets.
+        found = [
+            None if item is not None and numel and item[0] * item[1].numel() == numel else item
+            for item, numel in zip(found, numels, strict=True)
+        ]
+        dtype = _offset_dtype([item for item in found if item is not None])
+        offsets: list[Tensor] = [torch.zeros(1, dtype=dtype)]  # offset 0, shared by all contiguous chunks
         rows: list[Tensor] = []
         counts, starts, runs, first_chunk = [], [0], [], [0]
         stored = 1
-        for tensor, (mask, numel) in enumerate(zip(packed, numels, strict=True)):
-            if mask is None:
-                run, count, table = 0, numel, _contiguous(numel)
+        for tensor, (item, numel) in enumerate(zip(found, numels, strict=True)):
+            if item is None:
+                run, count, table = 0, numel, _contiguous(numel, CHUNK[dtype])
             else:
-                run, indices = _runs(mask, numel)
+                run, indices = item
                 count = indices.numel() * run
-                table, relative = _chunked(indices, run)
-                if count == numel:
-                    run, table = 0, _contiguous(numel)
-                else:
-                    table[:, 4] += stored
-                    offsets.append(relative)
-                    stored += relative.numel()
+                table, relative = _chunked(indices, run, dtype)
+                table[:, 4] += stored
+                offsets.append(relative)
+                stored += relative.numel()
             table[:, 0] = tensor
             table[:, 2] += starts[-1]
             rows.append(table)
@@ -107,9 +123,11 @@ class IndexPlan:
             starts.append(starts[-1] + count)
             first_chunk.append(first_chunk[-1] + len(table))
         chunks = torch.cat(rows) if rows else torch.empty(0, 6, dtype=torch.int64)
+        common = min((run or 64 for run, count in zip(runs, counts, strict=True) if count), default=1)
         return IndexPlan(
-            tuple(numels), tuple(counts), tuple(starts), tuple(runs), torch.cat(offsets), chunks, tuple(first_chunk)
-        )
+            tuple(numels), tuple(counts), tuple(starts), tuple(runs), torch.cat(offsets), chunks, tuple(first_chunk),
+            common,
+        )  # fmt: skip
 
 
 def _table(start: Tensor, count: Tensor) -> Tensor:
@@ -118,12 +136,12 @@ def _table(start: Tensor, count: Tensor) -> Tensor:
     return table
 
 
-def _contiguous(numel: int) -> Tensor:
+def _contiguous(numel: int, size: int) -> Tensor:
     """Chunks of a fully active tensor: base only, one run as long as the chunk."""
-    start = torch.arange(0, numel, CHUNK)
-    table = _table(start, (numel - start).clamp(max=CHUNK))
+    start = torch.arange(0, numel, size)
+    table = _table(start, (numel - start).clamp(max=size))
     table[:, 1] = start
-    table[:, 5] = CHUNK.bit_length() - 1
+    table[:, 5] = size.bit_length() - 1
     return table
 
 
@@ -146,18 +164,35 @@ def _may_have_runs(packed: Tensor) -> bool:
     return bool(((sample == 0) | (sample == 255)).all())
 
 
-def _chunked(indices: Tensor, run: int) -> tuple[Tensor, Tensor]:
-    """Rows (with index_start and start counted from 0) and int32 offsets for sorted first indices of runs."""
-    total = indices.numel()
-    per_chunk = CHUNK // run
+def _cuts(indices: Tensor, run: int, dtype: torch.dtype) -> Tensor:
+    """Where chunks begin: every CHUNK entries, and within chunks that span too much also at multiples of the span."""
+    total, per_chunk, bits = indices.numel(), CHUNK[dtype] // run, SPAN_BITS[dtype]
     cuts = torch.arange(0, total, per_chunk)
-    if total and int(indices[-1]) >> SEGMENT_BITS:
-        boundaries = torch.arange(1, (int(indices[-1]) >> SEGMENT_BITS) + 1, dtype=torch.int64) << SEGMENT_BITS
-        cuts = torch.cat([cuts, torch.searchsorted(indices.long(), boundaries)]).unique()
-        cuts = cuts[cuts < total]
-    ends = torch.cat([cuts[1:], torch.tensor([total])])[: cuts.numel()]
+    last = indices[(cuts + per_chunk).clamp(max=total) - 1].long() + (run - 1)
+    wide = (last - indices[cuts].long()) >> bits != 0
+    if bool(wide.any()):
+        segment = indices.long() >> bits
+        changes = (segment[1:] != segment[:-1]).nonzero().view(-1) + 1
+        cuts = torch.cat([cuts, changes[wide[changes // per_chunk]]]).unique()
+    return cuts
+
+
+def _offset_dtype(found: Sequence[tuple[int, Tensor]]) -> torch.dtype:
+    """int16 where it saves a fifth of the bytes, without many short chunks; else int32."""
+    stored = sum(indices.numel() for _, indices in found)
+    rows = {d: sum(_cuts(indices, run, d).numel() for run, indices in found) for d in CHUNK}
+    nbytes = {d: d.itemsize * stored + ROW_BYTES * rows[d] for d in CHUNK}
+    least = sum(-(-indices.numel() * run // CHUNK[torch.int16]) for run, indices in found)
+    narrow = nbytes[torch.int16] < 0.8 * nbytes[torch.int32] and rows[torch.int16] <= 2 * least
+    return torch.int16 if narrow else torch.int32
+
+
+def _chunked(indices: Tensor, run: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (with index_start and start counted from 0) and offsets for sorted first indices of runs."""
+    cuts = _cuts(indices, run, dtype)
+    ends = torch.cat([cuts[1:], torch.tensor([indices.numel()])])[: cuts.numel()]
     table = _table(cuts * run, (ends - cuts) * run)
-    base = indices[cuts].long()
+    base = indices[cuts].long() + (1 << 15 if dtype == torch.int16 else 0)
     table[:, 1], table[:, 4], table[:, 5] = base, cuts, run.bit_length() - 1
     relative = indices - torch.repeat_interleave(base, ends - cuts).to(indices.dtype)
-    return table, relative.to(torch.int32)
+    return table, relative.to(dtype)

@@ -78,6 +78,8 @@ class Problem:
     groups: Tensor
     amsgrad: bool
     residual: bool
+    master: bool = False  # fp32 copies instead of residuals
+    follow: bool = False  # somebody changes weights before every step
     cohorts: Tensor | None = None
     births: Tensor | None = None
     multiplier: Tensor | None = None
@@ -117,8 +119,15 @@ class Problem:
         steps = torch.full((len(params),), self.first_step, device=device)
         m, v = state(self.state_dtype), state(self.state_dtype)
         v_max = state(self.state_dtype) if self.amsgrad else None
-        residual = state(torch.int16) if self.residual else None
+        residual = state(torch.int16) if self.residual and not self.master else None
+        master = None
+        if self.residual and self.master:
+            master = state(torch.float32)
+            reference.gather_grads_(master, params, plan.indices, plan.chunks, 0, False)
         for dense in self.grads:
+            if self.follow:
+                for tensor, mask in zip(params, self.masks, strict=True):
+                    tensor[mask.to(device)] += (torch.arange(int(mask.sum())) % 3 == 0).to(tensor)
             grads: list[Tensor] | Tensor = [empty if t in self.absent else place(g) for t, g in enumerate(dense)]
             if self.compact:
                 gathered = state(self.state_dtype)
@@ -127,23 +136,30 @@ class Problem:
                 else:
                     functional.gather_grads_(gathered, grads, plan)
                 grads = gathered
-            options = (v_max, residual, to(self.cohorts), to(self.births), to(self.multiplier), to(self.skip))
+            options = (v_max, residual, master, to(self.cohorts), to(self.births), to(self.multiplier), to(self.skip))
             if oracle:
                 lists = ([], grads) if isinstance(grads, Tensor) else (grads, None)
                 reference.sparse_adamw_(
-                    present, *lists, plan.indices, plan.chunks, self.groups, self.hyper, steps, m, v, *options
+                    present,
+                    *lists,
+                    plan.indices,
+                    plan.chunks,
+                    self.groups,
+                    self.hyper,
+                    steps,
+                    m,
+                    v,
+                    *options,
+                    follow=self.follow,
                 )
             else:
-                names = ("max_exp_avg_sq", "residual", "cohorts", "births", "multiplier", "skip")
+                names = ("max_exp_avg_sq", "residual", "master", "cohorts", "births", "multiplier", "skip")
                 functional.sparse_adamw_(
                     present, grads, plan, groups=self.groups.to(device), hyper=self.hyper.to(device), steps=steps,
-                    exp_avg=m, exp_avg_sq=v, **dict(zip(names, options, strict=True)),
+                    exp_avg=m, exp_avg_sq=v, follow=self.follow, **dict(zip(names, options, strict=True)),
                 )  # fmt: skip
-        params, m, v, v_max, residual = (
-            [t.cpu() for t in params], m.cpu(), v.cpu(),
-            None if v_max is None else v_max.cpu(), None if residual is None else residual.cpu(),
-        )  # fmt: skip
-        return Outcome(params, steps.cpu(), m, v, v_max, residual)
+        optional = [None if t is None else t.cpu() for t in (v_max, residual, master)]
+        return Outcome([t.cpu() for t in params], steps.cpu(), m.cpu(), v.cpu(), *optional)
 
     def changed(self, **fields: object) -> Problem:
         return replace(self, **fields)  # type: ignore[arg-type]
@@ -159,10 +175,11 @@ class Outcome:
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None = None
     residual: Tensor | None = None
+    master: Tensor | None = None
     tensors: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        optional = [t for t in (self.max_exp_avg_sq, self.residual) if t is not None]
+        optional = [t for t in (self.max_exp_avg_sq, self.residual, self.master) if t is not None]
         self.tensors = [*self.params, self.steps, self.exp_avg, self.exp_avg_sq, *optional]
 
 
@@ -230,6 +247,10 @@ def check_problem(problem: Problem, device: torch.device) -> Outcome:
             ]
             torch.testing.assert_close(*masters, rtol=rtol, atol=atol)
             assert torch.equal(masters[0].to(mine.dtype), mine[mask]), "rounding the master must return the weight"
+        elif ours.master is not None and oracle.master is not None:
+            arena = problem.plan.arena(tensor)
+            torch.testing.assert_close(ours.master[arena], oracle.master[arena], rtol=rtol, atol=atol)
+            assert torch.equal(ours.master[arena].to(mine.dtype), mine[mask]), "the weight must be its rounded master"
         elif mine.dtype in RESIDUAL_DTYPES:
             _check_rounded(mine[mask], theirs[mask])
         else:
@@ -241,7 +262,9 @@ def _check_rounded(mine: Tensor, theirs: Tensor) -> None:
     """16-bit weights without masters: a last-place difference before rounding flips few roundings, by a unit a step."""
     differs = mine != theirs
     assert int(differs.sum()) <= 1 + mine.numel() // 1000
-    torch.testing.assert_close(mine, theirs, rtol=2 * torch.finfo(mine.dtype).eps, atol=1e-6)
+    # A weight that a step of lr = 0.01 brings near zero keeps the rounding error of where it was.
+    eps = torch.finfo(mine.dtype).eps
+    torch.testing.assert_close(mine, theirs, rtol=2 * eps, atol=0.02 * eps)
 
 
 @pytest.fixture

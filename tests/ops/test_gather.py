@@ -30,11 +30,19 @@ def check(masks: list[Tensor], dtype: torch.dtype, device: torch.device, place: 
     grads = [torch.randn(mask.numel()).to(dtype) for mask in masks]
     expected = expected_of(masks, grads, accumulated)
     compact = torch.empty(plan.active, dtype=accumulated, device=device)
+    squares = torch.rand(len(plan.chunks) * plan.squares_per_chunk, dtype=accumulated, device=device)
     placed = [place(grad.to(device)) for grad in grads]
     functional.gather_grads_(compact, placed, plan.to(device))
     assert torch.equal(compact.cpu(), expected)
-    functional.gather_grads_(compact, placed, plan.to(device), accumulate=True)
+    functional.gather_grads_(compact, placed, plan.to(device), accumulate=True, squares=squares)
     assert torch.equal(compact.cpu(), expected + expected)
+    rows = [(2 * expected[s : s + c]).double().square().sum() for s, c in plan.chunks[:, 2:4].tolist()]
+    torch.testing.assert_close(
+        squares.cpu().double().view(len(rows), plan.squares_per_chunk).sum(1),
+        torch.stack(rows) if rows else torch.zeros(0).double(),
+        rtol=1e-5,
+        atol=0,
+    )
     assert all(torch.equal(p.cpu(), g) for p, g in zip(placed, grads, strict=True))
 
 
@@ -53,12 +61,15 @@ def test_misaligned(
     check([mask_of(10_001, density), mask_of(4097, density)], dtype, device, lambda t: shift(t, 1))
 
 
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("run", [8, 16, 32, 64])
-def test_runs(device: torch.device, dtype: torch.dtype, run: int, mask_of: Callable, shift: Callable) -> None:
-    masks = [mask_of(64 * 333, 0.3, run), mask_of(64 * 100, 0.9, run)]
-    assert plan_of(masks).runs == (run, run)
-    check(masks, dtype, device, lambda t: shift(t, 1))
+def test_runs(
+    device: torch.device, dtype: torch.dtype, run: int, offset: int, mask_of: Callable, shift: Callable
+) -> None:
+    masks = [mask_of(64 * 333, 0.3, run), mask_of(64 * 100, 0.9, run), mask_of(64 * 100, "all")]
+    assert plan_of(masks).runs == (run, run, 0)
+    check(masks, dtype, device, lambda t: shift(t, offset))
 
 
 @pytest.mark.parametrize("density", [0.01, 0.5, "all"])
@@ -119,3 +130,32 @@ def test_refuses_what_does_not_fit(device: torch.device, mask_of: Callable) -> N
         functional.gather_grads_(compact, [torch.zeros(200, device=device)[::2], grads[1]], on_device)
     with pytest.raises(TypeError, match="one dtype"):
         functional.gather_grads_(compact, [grads[0], grads[1].half()], on_device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 1000, 20_000])
+@pytest.mark.parametrize("max_norm", [1e-3, 1e3, float("inf")])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clip_coefficient(device: torch.device, dtype: torch.dtype, size: int, max_norm: float, scaled: bool) -> None:
+    squares = torch.rand(size, dtype=dtype)
+    scale = torch.tensor(1 / 512.0) if scaled else None
+    norm, multiplier, skip = (torch.full((), float("nan"), device=device) for _ in range(3))
+    functional.clip_coefficient_(
+        squares.to(device), max_norm, norm=norm, multiplier=multiplier, skip=skip,
+        inverse_scale=None if scale is None else scale.to(device), found_inf=torch.zeros((), device=device),
+    )  # fmt: skip
+    expected = squares.double().sum().sqrt() * (scale if scaled else 1)
+    factor = min(1.0, max_norm / (float(expected) + 1e-6)) * (1 / 512 if scaled else 1)
+    torch.testing.assert_close(norm.cpu().double(), expected.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(float(multiplier), factor, rtol=1e-6, atol=0)
+    assert float(skip) == 0
+
+
+@pytest.mark.parametrize(("value", "found", "skipped"), [("inf", 0, 1), ("nan", 0, 1), ("1", 1, 1), ("1", 0, 0)])
+def test_clip_coefficient_tells_overflow(device: torch.device, value: str, found: float, skipped: float) -> None:
+    squares = torch.tensor([1.0, float(value), 2.0], device=device)
+    norm, multiplier, skip = (torch.empty((), device=device) for _ in range(3))
+    functional.clip_coefficient_(
+        squares, 1.0, norm=norm, multiplier=multiplier, skip=skip, found_inf=torch.tensor(float(found), device=device)
+    )
+    assert float(skip) == skipped

@@ -20,15 +20,14 @@ def plan_of(masks: list[Tensor]) -> IndexPlan:
 
 def check_layout(plan: IndexPlan) -> None:
     tensor, base, start, count, index_start, shift = plan.chunks.unbind(1)
-    assert plan.indices.dtype == torch.int32
     assert (count > 0).all()
-    assert (count <= CHUNK).all()
+    assert (count <= CHUNK[plan.indices.dtype]).all()
     assert torch.equal(start, torch.cumsum(count, 0) - count)  # rows in arena order, without gaps
     assert (tensor.diff() >= 0).all()
     stored = (count + (1 << shift) - 1) >> shift
     assert (index_start + stored <= plan.indices.numel()).all()
     assert (base >= 0).all()
-    assert (plan.indices >= 0).all()
+    assert plan.indices.dtype == torch.int16 or (plan.indices >= 0).all()
     assert plan.starts[-1] == int(count.sum()) == plan.active
 
 
@@ -61,6 +60,45 @@ def test_fully_active_stores_no_offsets(mask_of: Callable) -> None:
     assert torch.equal(plan.positions(1), torch.arange(10_000))
 
 
+@pytest.mark.parametrize(
+    ("densities", "dtype"),
+    [
+        ((0.025,), torch.int16),
+        ((0.1, 0.05), torch.int16),
+        ((0.0025,), torch.int32),  # 1024 entries span 400,000 elements
+        ((0.025, 0.001), torch.int16),  # chunks of few entries in some tensors
+        ((), torch.int32),
+    ],
+)
+def test_narrow_offsets_where_they_save(densities: tuple[float, ...], dtype: torch.dtype, mask_of: Callable) -> None:
+    masks = [mask_of(2_000_000, density) for density in densities]
+    masks.append(mask_of(5000, "all"))
+    plan = plan_of(masks)
+    check_layout(plan)
+    assert plan.indices.dtype == dtype
+    for tensor, mask in enumerate(masks):
+        assert torch.equal(plan.positions(tensor), mask.nonzero().view(-1))
+
+
+def test_narrow_offsets_across_gaps(mask_of: Callable) -> None:
+    """Dense stretches far apart: a chunk is cut where its entries span 2^16 elements or more."""
+    mask = torch.zeros(3_000_000, dtype=torch.bool)
+    for first in (0, 70_001, 1_000_000, 2_900_000):
+        mask[first : first + 20_500 : 2] = True
+    plan = plan_of([mask])
+    check_layout(plan)
+    assert plan.indices.dtype == torch.int16
+    assert torch.equal(plan.positions(0), mask.nonzero().view(-1))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "run"), [(((0.3, 16), (0.3, 64)), 16), (((0.3, 16), ("all", 1)), 16), (((0.3, 16), (0.3, 1)), 1)]
+)
+def test_common_run(kinds: tuple[tuple[float | str, int], ...], run: int, mask_of: Callable) -> None:
+    plan = plan_of([mask_of(64 * 300, density, length) for density, length in kinds])
+    assert plan.run == run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 16], ids=["entries", "runs"])
 def test_mask_past_two_to_the_31(step: int, native_only: None) -> None:
@@ -84,7 +122,7 @@ def far_plan(shift: int) -> IndexPlan:
     """Entries at the front and beyond 2^31 of a tensor of 2^31 + 10,000 elements; the far chunk has its own base."""
     run = 1 << shift
     if shift == 12:
-        offsets, counts = [0], (100, CHUNK)
+        offsets, counts = [0], (100, 4096)
         rows = [[0, 0, 0, counts[0], 0, shift], [0, PAST + 5, counts[0], counts[1], 0, shift]]
     else:
         offsets = [0, 3 * run, 7 * run, 0, 2 * run, 9000 // run * run - run]
@@ -99,6 +137,7 @@ def far_plan(shift: int) -> IndexPlan:
         indices=torch.tensor(offsets, dtype=torch.int32),
         chunks=torch.tensor(rows),
         first_chunk=(0, 2),
+        run={0: 1, 3: 8, 6: 64, 12: 64}[shift],
     )
 
 
@@ -143,7 +182,7 @@ def test_kernels_address_past_two_to_the_31(device: torch.device, shift: int, un
         near = plan_of([ones])
         reference.sparse_adamw_(
             [small], [gradients], None, near.indices, near.chunks, groups, hyper, torch.zeros(1),
-            torch.zeros(plan.active), torch.zeros(plan.active), None, None, None, None, None, None,
+            torch.zeros(plan.active), torch.zeros(plan.active), *(None,) * 7,
         )  # fmt: skip
         torch.testing.assert_close(param[positions.to(device)].cpu(), small, rtol=2**-7, atol=0)
         assert not torch.equal(small, weights)

@@ -43,14 +43,32 @@ def samples(name: str, device: torch.device) -> list[tuple[Any, ...]]:
         case "mask_overlap":
             return [(packed, ~packed)]
         case "gather_grads_":
-            return [(state(), tensors(), plan.indices, plan.chunks, 0, accumulate) for accumulate in (False, True)]
+            squares = torch.zeros(len(plan.chunks) * plan.squares_per_chunk, device=device)
+            return [
+                (
+                    state(),
+                    tensors(),
+                    plan.indices,
+                    plan.chunks,
+                    0,
+                    accumulate,
+                    plan.run,
+                    squares if accumulate else None,
+                )
+                for accumulate in (False, True)
+            ]
+        case "clip_coefficient_":
+            numbers = (torch.zeros((), device=device) for _ in range(3))
+            return [(torch.rand(100, device=device), 1.0, scalar + 0.5, scalar, *numbers)]
     halves = [t.bfloat16() for t in tensors()]
-    none = (None,) * 6
+    none = (*(None,) * 7, plan.run, False)
     births = torch.zeros(2, 1, device=device)
-    full = (state(), state(torch.int16), state(torch.uint8), births, scalar + 0.5, scalar)
+    ages = (state(torch.uint8), births, scalar + 0.5, scalar, plan.run, True)
+    full, copy = (state(), state(torch.int16), None, *ages), (state(), None, state(), *ages)
     return [
         (tensors(), tensors(), None, *fixed, state(), state(), *none),
         (halves, [], state(), *fixed, state(), state(), *full),
+        (halves, [], state(), *fixed, state(), state(), *copy),
     ]
 
 

@@ -1,0 +1,207 @@
+"""``sparseopt bench``: flags are handed on; :mod:`sparseopt.benchmarks` measures."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparseopt.cli._command import Command, DebugFlag, DeviceOption, JsonFlag, example, group, print_json
+
+app = group("bench", help="Measure speed and memory against the best of what people have.")
+
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        "--shape",
+        help="llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, qwen2.5-0.5b or gpt2: that model's shapes with random weights.",
+    ),
+]
+Model = Annotated[str | None, typer.Option("--model", help="smollm2, a local folder or a Hub name.")]
+Arms = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--arms",
+        metavar="NAME...",
+        help="dense-fused, dense-foreach, lora, adamw8bit, sparse, sparse/runs16, sparse@2.5%, sparse@2.5%/runs16; "
+        "also comma-separated. Default: the first six.",
+    ),
+]
+Density = Annotated[
+    list[str] | None,
+    typer.Option("--density", metavar="SHARE...", help="Densities of sparse arms (default 2.5% 0.25%)."),
+]
+Batch = Annotated[int, typer.Option("--batch", help="Sequences (dpo: pairs) of a micro-batch.")]
+Seq = Annotated[int, typer.Option("--seq", help="Tokens of a sequence.")]
+Rounds = Annotated[int, typer.Option("--rounds", help="Timed steps of each arm.")]
+Warmup = Annotated[int, typer.Option("--warmup", help="Untimed steps of each arm before them, in each pass.")]
+Passes = Annotated[int, typer.Option("--passes", help="Turns over the list of arms; rounds are split over them.")]
+Mode = Annotated[str | None, typer.Option("--mode", help="eager (default), compiled or both.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile each decoder layer: --mode compiled.")]
+Checkpointing = Annotated[bool, typer.Option("--gradient_checkpointing", help="Recompute activations in backward.")]
+Accumulation = Annotated[int, typer.Option("--accumulation", help="Micro-batches of a step.")]
+Master = Annotated[str, typer.Option("--master", help="Master weights of sparse arms: residual or fp32.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Of the weights: bfloat16 or float32.")]
+Output = Annotated[
+    str | None, typer.Option("--output", metavar="FOLDER", help="Store JSON, a Markdown table and a PNG here.")
+]
+
+
+EXAMPLES = {
+    "dpo": (
+        "sparseopt bench dpo --shape llama-3.2-1b --batch 2 --seq 1024 --output results",
+        "sparseopt bench dpo --model smollm2 --arms dense-fused lora sparse@2.5% --device cpu --seq 64",
+    ),
+    "grpo": (
+        "sparseopt bench grpo --shape qwen2.5-0.5b --batch 8 --seq 1024 --mode both",
+        "sparseopt bench grpo --model smollm2 --batch 4 --gradient_checkpointing --json",
+    ),
+    "lm": (
+        "sparseopt bench lm --shape llama-3.2-3b --batch 1 --seq 512 --output results",
+        "sparseopt bench lm --shape llama-3.2-3b --arms dense-fused sparse --density 2.5% 10% --compile",
+    ),
+}
+COMMON = """
+
+    Arms: dense AdamW of torch (fused, foreach), LoRA (PEFT, r=16, all linear layers), 8-bit AdamW (bitsandbytes), and
+    SparseAdamW with gradient capture at several densities; embeddings and the head are left out of its masks, as LoRA
+    leaves them. Every sparse arm is checked against dense AdamW first: if that fails, no speed is shown (exit code 1).
+    """
+
+
+def _train_step(workload: str, text: str) -> None:
+    """Adds the command that measures whole training steps of one workload."""
+
+    def command(
+        shape: Shape = None,
+        model: Model = None,
+        arms: Arms = None,
+        density: Density = None,
+        batch: Batch = 1,
+        seq: Seq = 512,
+        rounds: Rounds = 20,
+        warmup: Warmup = 5,
+        passes: Passes = 2,
+        mode: Mode = None,
+        compile_: Compile = False,
+        gradient_checkpointing: Checkpointing = False,
+        accumulation: Accumulation = 1,
+        master: Master = "residual",
+        dtype: Dtype = "bfloat16",
+        device: DeviceOption = "auto",
+        output: Output = None,
+        json: JsonFlag = False,
+        debug: DebugFlag = False,
+    ) -> None:
+        if (shape is None) == (model is None):
+            raise typer.BadParameter("give one of --shape and --model.")
+        values = {
+            "workload": workload, "shape": shape, "model": model, "arms": ",".join(arms or []) or None,
+            "density": ",".join(density or []) or None, "batch": batch, "seq": seq, "rounds": rounds,
+            "warmup": warmup, "passes": passes, "mode": mode, "accumulation": accumulation, "master": master,
+            "dtype": dtype, "device": device, "output": output,
+        }  # fmt: skip
+        flags = {
+            "compile": compile_, "gradient_checkpointing": gradient_checkpointing, "json": json, "debug": debug,
+        }  # fmt: skip
+        arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        arguments += [f"--{name}" for name, given in flags.items() if given]
+
+        from sparseopt.benchmarks import train_step
+
+        _exit(train_step.main(arguments, prog=f"sparseopt bench {workload}"))
+
+    command.__doc__ = text + COMMON
+    app.command(workload, cls=Command, epilog=example(*EXAMPLES[workload]))(command)
+
+
+_train_step("dpo", "Whole DPO training steps in time and memory: pairs of random tokens, precomputed reference.")
+_train_step("grpo", "Whole GRPO updates in time and memory: given completions of random tokens, no generation.")
+_train_step("lm", "Whole training steps with the next-token loss, in time and memory, on random tokens.")
+
+
+def _suite(suite: str, text: str) -> None:
+    """Adds the command that measures one suite of kernels."""
+
+    def command(
+        device: DeviceOption = "auto",
+        output: Annotated[
+            str | None, typer.Option("--output", metavar="FOLDER", help="Store FOLDER/<device>.json.")
+        ] = None,
+        json: JsonFlag = False,
+        debug: DebugFlag = False,
+    ) -> None:
+        from sparseopt.progress import announce_device
+
+        if announce_device(device).type == "cuda":
+            _on_gpu(suite, output, json)
+        else:
+            _on_cpu(suite, output, json)
+
+    command.__doc__ = text
+    lines = (f"sparseopt bench {suite} --output results", f"sparseopt bench {suite} --device cpu")
+    app.command(suite, cls=Command, epilog=example(*lines))(command)
+
+
+def _on_gpu(suite: str, output: str | None, json: bool) -> None:
+    import importlib
+
+    module = importlib.import_module(f"sparseopt.benchmarks.gpu_{suite}")
+    if not json:
+        module.main(output)
+        return
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
+        module.main(output or temporary)
+        newest = max(Path(output or temporary).glob("*.json"), key=lambda path: path.stat().st_mtime)
+        text = newest.read_text()
+    print(text, end="")
+
+
+def _on_cpu(suite: str, output: str | None, json: bool) -> None:
+    from sparseopt.benchmarks import report
+
+    summary = report.run_suite(suite)
+    if output is not None:
+        print(f"stored in {report.merge(summary, Path(output))}", file=sys.stderr)
+    if json:
+        print_json(summary)
+    else:
+        print(report.table(summary["cases"]))
+
+
+_suite("optimizer", "One optimizer step: SparseAdamW at several densities against torch's fused and default AdamW.")
+_suite("masks", "Packing, unpacking and indices of masks against numpy and torch.")
+
+
+@app.command(
+    "report",
+    cls=Command,
+    epilog=example(
+        "sparseopt bench report",
+        "sparseopt bench report --results results --readme results/README.md",
+    ),
+)
+def report(
+    results: Annotated[
+        str | None, typer.Option("--results", metavar="FOLDER", help="Result files (default: benchmarks/results).")
+    ] = None,
+    readme: Annotated[
+        str | None, typer.Option("--readme", metavar="FILE", help="File with the tables (benchmarks/README.md).")
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Rewrites the tables of benchmarks/README.md from the stored results."""
+    from sparseopt.benchmarks import report as reporting
+
+    target = Path(readme) if readme else reporting.HERE / "README.md"
+    reporting.render(Path(results) if results else reporting.HERE / "results", target)
+    print(f"Tables: {target}")
+
+
+def _exit(code: int) -> None:
+    if code:
+        raise typer.Exit(code)

@@ -1,0 +1,139 @@
+"""``sparseopt bench``: what is handed on, and to whom."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sparseopt.cli._main import app
+
+
+def invoke(*args: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *args])
+
+
+def keep(given: list[Any]) -> Any:
+    """A ``main`` that notes its arguments and succeeds."""
+
+    def main(arguments: list[str], prog: str) -> int:
+        given.append((arguments, prog))
+        return 0
+
+    return main
+
+
+@pytest.mark.parametrize("command", ["dpo", "grpo", "lm", "optimizer", "masks", "report"])
+def test_help_is_lean_and_has_an_example(command: str) -> None:
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('HEAVY', [m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules]))\n"
+        f"sys.argv = ['sparseopt', 'bench', {command!r}, '--help']\n"
+        "from sparseopt.cli import main\nmain()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"sparseopt bench {command}" in result.stdout
+    assert "HEAVY []" in result.stdout
+
+
+def test_flags_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseopt.benchmarks import train_step
+    from sparseopt.benchmarks.train_settings import parse
+
+    given: list[Any] = []
+    monkeypatch.setattr(train_step, "main", keep(given))
+    result = invoke(
+        "dpo", "--shape", "tiny", "--arms", "lora", "sparse,dense-fused", "--density", "10%", "5%", "--batch", "2",
+        "--gradient-checkpointing", "--mode", "both", "--master", "fp32", "--json", "--output", "out folder",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    ((arguments, prog),) = given
+    settings, options = parse(arguments)
+    assert prog == "sparseopt bench dpo"
+    assert (settings.workload, settings.shape, settings.batch, settings.master) == ("dpo", "tiny", 2, "fp32")
+    assert [arm.name for arm in settings.arms] == ["lora", "sparse@10%", "sparse@5%", "dense-fused"]
+    assert settings.modes == ("eager", "compiled")
+    assert settings.gradient_checkpointing
+    assert options.json
+    assert options.output == Path("out folder")
+
+
+def test_defaults_are_those_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseopt.benchmarks import train_step
+    from sparseopt.benchmarks.train_settings import parse
+
+    given: list[Any] = []
+    monkeypatch.setattr(train_step, "main", keep(given))
+    assert invoke("lm", "--shape", "tiny").exit_code == 0
+    assert parse(given[0][0])[0] == parse(["--shape", "tiny"])[0]
+
+
+def test_bad_usage() -> None:
+    for arguments in (["lm"], ["lm", "--shape", "tiny", "--model", "smollm2"], ["lm", "--shape", "gpt9"]):
+        result = invoke(*arguments)
+        assert result.exit_code == 2, result.output
+
+
+def test_a_failure_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseopt.benchmarks import train_step
+
+    monkeypatch.setattr(train_step, "main", lambda arguments, prog: 1)
+    assert invoke("grpo", "--shape", "tiny").exit_code == 1
+
+
+SUMMARY = {
+    "suite": "masks", "date": "2030-01-01", "commit": "abc", "command": "x", "scale": 1,
+    "environment": {"device": "Some CPU", "threads": 2},
+    "cases": {
+        "pack": {"rounds": 3, "sparseopt": {"median": 1.0, "p20": 1.0, "p80": 1.0}, "baselines": {}, "facts": {}, "bars": {}}
+    },
+}  # fmt: skip
+
+
+def test_a_suite_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseopt.benchmarks import report
+
+    monkeypatch.setattr(report, "run_suite", lambda suite: {**SUMMARY, "suite": suite})
+    result = invoke("masks", "--device", "cpu", "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "| pack | 1 (1-1) |" in result.stdout
+    assert "masks" in json.loads((tmp_path / "some-cpu-2-threads.json").read_text())["suites"]
+    result = invoke("optimizer", "--device", "cpu", "--json")
+    assert json.loads(result.stdout)["suite"] == "optimizer"
+
+
+def test_a_suite_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from sparseopt import progress
+
+    def measure(folder: str | None) -> None:
+        print("measured")
+        if folder:
+            Path(folder, "some-gpu.json").write_text('{"device": "Some GPU"}\n')
+
+    monkeypatch.setattr(progress, "announce_device", lambda device: torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "sparseopt.benchmarks.gpu_masks", SimpleNamespace(main=measure))
+    assert invoke("masks").stdout == "measured\n"
+    assert json.loads(invoke("masks", "--json").stdout) == {"device": "Some GPU"}
+    assert invoke("masks", "--output", str(tmp_path)).exit_code == 0
+    assert (tmp_path / "some-gpu.json").exists()
+
+
+def test_report(tmp_path: Path) -> None:
+    from sparseopt.benchmarks import report
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.merge(SUMMARY, tmp_path)
+    result = invoke("report", "--results", str(tmp_path), "--readme", str(readme))
+    assert result.exit_code == 0, result.output
+    assert "| pack | 1 (1-1) |" in readme.read_text()
+    assert "old" not in readme.read_text()
