@@ -142,6 +142,14 @@ def load() -> dict[str, Selection]:
     return dict(_selected)
 
 
+def direct(device: torch.device) -> Callable[[str], Callable[..., Any]]:
+    """Op name -> the function to call for tensors on ``device`` where nothing is traced and versions are kept by the
+    caller: Triton's launcher itself, since the dispatcher costs more time on the host than the launch; else the op."""
+    if selection(device).backend == "triton":
+        return _launchers().__getitem__
+    return lambda name: getattr(torch.ops.sparseopt, name)
+
+
 def selection(device: torch.device | str) -> Selection:
     """What runs on ``device`` and why."""
     kind = torch.device(device).type

@@ -25,7 +25,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["HYPER_COLUMNS", "MUTABLE_OPS", "NAMESPACE", "OPS", "library"]
+__all__ = ["HYPER_COLUMNS", "MUTABLE_OPS", "NAMESPACE", "OPS", "TensorList", "library"]
+
+
+class TensorList(list[Tensor]):
+    """A list of tensors that does not change: launchers keep on it what they found out about it."""
+
+    found: object = None
+
 
 NAMESPACE = "sparseopt"
 HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "correct_bias", "amsgrad")

@@ -6,11 +6,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sparseopt._schema import TensorList
 
 __all__ = [
     "CHUNK",
@@ -18,9 +21,8 @@ __all__ = [
     "TL_DTYPES",
     "address_of",
     "block_of_entries",
-    "common_dtype",
+    "describe",
     "entry_positions",
-    "vector_run",
     "narrow",
     "pointer_table",
     "widen",
@@ -103,6 +105,30 @@ def narrow(value, DTYPE: tl.constexpr, BF16_BITS: tl.constexpr):
 
 
 # ---- in launchers ----------------------------------------------------------------------------------------------------
+class Described(NamedTuple):
+    """What kernels need to know of a list of tensors: addresses int64[T] on the device, dtype, 16-byte alignment."""
+
+    table: Tensor
+    dtype: torch.dtype
+    aligned: bool
+
+
+def describe(what: str, tensors: Sequence[Tensor], device: torch.device) -> Described | None:
+    """Checks a list of tensors and sends their addresses to the device; None if all are empty."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if isinstance(tensors, TensorList) and isinstance(tensors.found, tuple) and tensors.found[0] == stream:
+        return tensors.found[1]
+    dtype = common_dtype(what, tensors)
+    if dtype is None:
+        return None
+    table = pointer_table(tensors, device)
+    described = Described(table, dtype, all(t.data_ptr() % 16 == 0 for t in tensors))
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if isinstance(tensors, TensorList) and not capturing:
+        tensors.found = (stream, described)
+    return described
+
+
 def common_dtype(what: str, tensors: Sequence[Tensor]) -> torch.dtype | None:
     """The one dtype of the non-empty tensors (a kernel reads them through one pointer type); None if all are empty."""
     dtypes = {t.dtype for t in tensors if t.numel()}
@@ -111,11 +137,6 @@ def common_dtype(what: str, tensors: Sequence[Tensor]) -> torch.dtype | None:
             f"expected {what} of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}."
         )
     return dtypes.pop() if dtypes else None
-
-
-def vector_run(run: int, *lists: Sequence[Tensor]) -> int:
-    """The run length to compile for: as given, or 1 where some tensor does not start on a 16-byte boundary."""
-    return run if all(t.data_ptr() % 16 == 0 for tensors in lists for t in tensors) else 1
 
 
 _TABLES_KEPT = 32

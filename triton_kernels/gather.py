@@ -24,9 +24,7 @@ from sparseopt.triton_kernels.common import (
     TL_DTYPES,
     address_of,
     block_of_entries,
-    common_dtype,
-    pointer_table,
-    vector_run,
+    describe,
     widen,
 )
 
@@ -76,23 +74,22 @@ def gather_grads_(
     run: int, squares: Tensor | None,
 ) -> None:  # fmt: skip
     """Launches the gather; arguments as in :mod:`sparseopt._schema`."""
-    dtype = common_dtype("gradients", grads)
-    if dtype is None or not len(chunks):
+    found = describe("gradients", grads, compact.device)
+    if found is None or not len(chunks):
         return
     with torch.cuda.device_of(compact):
-        table = pointer_table(grads, compact.device)
         blocks = CHUNK[indices.dtype] // BLOCK
         _gather_kernel[(len(chunks) * blocks,)](
             compact,
-            table,
+            found.table,
             indices,
             chunks,
             squares,
             tensor_offset,
             ACCUMULATE=accumulate,
-            GRAD=TL_DTYPES[dtype],
+            GRAD=TL_DTYPES[found.dtype],
             ACC=TL_DTYPES[compact.dtype],
-            RUN=vector_run(run, grads),
+            RUN=run if found.aligned else 1,
             BLOCK=BLOCK,
             BLOCKS=blocks,
             num_warps=8,

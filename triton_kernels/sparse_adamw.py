@@ -37,10 +37,8 @@ from sparseopt.triton_kernels.common import (
     TL_DTYPES,
     address_of,
     block_of_entries,
-    common_dtype,
+    describe,
     narrow,
-    pointer_table,
-    vector_run,
     widen,
 )
 
@@ -257,21 +255,19 @@ def sparse_adamw_(
     follow: bool,
 ) -> None:
     """Launches the step; arguments as in :mod:`sparseopt._schema`. Never waits for the device."""
-    dtype = common_dtype("parameters", params)
-    if dtype is None:
-        return
-    grad_dtype = common_dtype("gradients", grads) or dtype
     device = exp_avg.device
+    found = describe("parameters", params, device)
+    if found is None:
+        return
+    dtype = found.dtype
+    dense = describe("gradients", grads, device) if compact_grad is None else None
     tensors = len(params)
     if compact_grad is None and [g.numel() for g in grads] != [p.numel() for p in params]:
         raise ValueError("gradients must match their parameters: one of as many entries for each, or a compact buffer.")
     with torch.cuda.device_of(exp_avg):
-        # Absent tensors have address 0 in both tables.
-        param_table = pointer_table(params, device)
-        grad_table = pointer_table(grads, device) if compact_grad is None else None
         constants = exp_avg.new_empty((tensors, CONSTANTS.value))
         _constants_kernel[(triton.cdiv(tensors, ROWS_PER_PROGRAM),)](
-            param_table,
+            found.table,
             steps,
             groups,
             hyper,
@@ -299,12 +295,13 @@ def sparse_adamw_(
             )
         if not len(chunks):
             return
-        run = vector_run(run, params, grads)
+        if not (found.aligned and (dense is None or dense.aligned)):
+            run = 1
         block = ENTRIES[indices.dtype] if run == 1 else RUN_ENTRIES
         blocks = CHUNK[indices.dtype] // block
         _step_kernel[(len(chunks) * blocks,)](
-            param_table,
-            grad_table,
+            found.table,
+            None if dense is None else dense.table,
             compact_grad,
             indices,
             chunks,
@@ -318,7 +315,7 @@ def sparse_adamw_(
             cohorts,
             cohort_count,
             PARAM=TL_DTYPES[dtype],
-            GRAD=TL_DTYPES[grad_dtype],
+            GRAD=TL_DTYPES[dense.dtype if dense is not None else dtype],
             RESIDUAL_LIMIT=RESIDUAL_LIMIT.get(dtype, 0),
             BF16_BITS=INTERPRET and dtype == torch.bfloat16,
             FOLLOW=follow,

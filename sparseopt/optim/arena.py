@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparseopt import functional
+from sparseopt import _backend, functional
+from sparseopt._schema import TensorList
 from sparseopt.optim.plan import IndexPlan
 from sparseopt.reference import join_master, split_master
 
@@ -83,7 +84,11 @@ class Arena:
         self.squares = torch.zeros(
             len(self.plan.chunks) * self.plan.squares_per_chunk, dtype=self.state_dtype, device=self.device
         )
-        self._views: tuple[list[int], list[Tensor]] = ([], [])
+        self.nothing = params[0].detach().new_empty(0)  # stands for a tensor that takes no part
+        self.dense_bytes = [p.numel() * p.element_size() for p in params]
+        # Addresses and presence of the parameters, and what a step passes for them.
+        self._views: tuple[list[int], Sequence[bool], TensorList] = ([], [], TensorList())
+        self._op = _backend.direct(self.device)
         self.base: Tensor | None = None
         self.groups = torch.tensor(list(groups), dtype=torch.int32, device=self.device)
         self.hyper: Tensor | None = None
@@ -149,10 +154,13 @@ class Arena:
 
     def gather(self, first: int, grads: Sequence[Tensor], accumulate: bool) -> None:
         """Adds (or writes) the active entries of dense gradients of the tensors ``first ..`` to the compact buffer."""
-        grads = [g.contiguous() for g in grads]
-        functional.gather_grads_(
-            self.gradient_buffer(), grads, self.plan, first_tensor=first, accumulate=accumulate, squares=self.squares
-        )
+        last, per_chunk = first + len(grads), self.plan.squares_per_chunk
+        rows = slice(self.plan.first_chunk[first], self.plan.first_chunk[last])
+        self._op("gather_grads_")(
+            self.gradient_buffer(), [g if g.is_contiguous() else g.contiguous() for g in grads], self.plan.indices,
+            self.plan.chunks[rows], first, accumulate, self.plan.run,
+            self.squares[rows.start * per_chunk : rows.stop * per_chunk],
+        )  # fmt: skip
 
     def set_gradient(self, tensor: int, values: Tensor) -> None:
         """Puts compact gradients of one tensor into the buffer."""
@@ -175,31 +183,39 @@ class Arena:
         """One update of the tensors marked ``present``."""
         assert self.hyper is not None
         follow = self.master is not None and self._seen != [(p.data_ptr(), p._version) for p in self.params]
-        views = self._contiguous()
-        if not all(present):
-            nothing = self.params[0].new_empty(0)
-            views = [view if here else nothing for view, here in zip(views, present, strict=True)]
-        functional.sparse_adamw_(
-            views, grads, self.plan, groups=self.groups, hyper=self.hyper, steps=self.steps, exp_avg=self.exp_avg,
-            exp_avg_sq=self.exp_avg_sq, max_exp_avg_sq=self.max_exp_avg_sq, residual=self.residual, master=self.master,
-            cohorts=self.cohorts, births=self.births, multiplier=_on(multiplier, self.device),
-            skip=_on(skip, self.device), follow=follow,
+        views, copied = self._contiguous(present)
+        compact = grads if isinstance(grads, Tensor) else None
+        self._op("sparse_adamw_")(
+            views, [] if isinstance(grads, Tensor) else grads, compact, self.plan.indices, self.plan.chunks,
+            self.groups, self.hyper, self.steps, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq, self.residual,
+            self.master, self.cohorts, self.births, _on(multiplier, self.device), _on(skip, self.device),
+            self.plan.run, follow,
         )  # fmt: skip
-        for param, updated, here in zip(self.params, views, present, strict=True):
-            if here and updated.data_ptr() != param.data_ptr():
-                param.copy_(updated)
+        # The op bumps versions when it goes through the dispatcher; bumping them twice harms nobody.
+        torch.autograd.graph.increment_version([p for p, here in zip(self.params, present, strict=True) if here])
+        if copied:
+            for param, updated, here in zip(self.params, views, present, strict=True):
+                if here and updated.data_ptr() != param.data_ptr():
+                    param.copy_(updated)
         if not follow or all(present):  # else some tensors are still to be compared
             self._look()
 
-    def _contiguous(self) -> list[Tensor]:
-        """The parameters as kernels take them: row by row, without autograd. Others are updated through a copy."""
+    def _contiguous(self, present: Sequence[bool]) -> tuple[TensorList, bool]:
+        """(the parameters as kernels take them: row by row, without autograd, nothing where absent; whether any is a
+        copy, which is good for one step)."""
         addresses = [p.data_ptr() for p in self.params]
-        if addresses != self._views[0]:
-            views = [p.detach().contiguous() for p in self.params]
-            if [v.data_ptr() for v in views] != addresses:
-                return views  # copies are good for one step
-            self._views = (addresses, views)
-        return self._views[1]
+        if addresses == self._views[0] and present == self._views[1]:
+            return self._views[2], False
+        views = TensorList(
+            p.detach().contiguous() if here else self.nothing for p, here in zip(self.params, present, strict=True)
+        )
+        copied = any(
+            here and view.data_ptr() != address
+            for view, address, here in zip(views, addresses, present, strict=True)
+        )  # fmt: skip
+        if not copied:
+            self._views = (addresses, present, views)
+        return views, copied
 
     # ---- master weights and others who write the parameters ----------------------------------------------------------
     def _look(self) -> None:

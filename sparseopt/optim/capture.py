@@ -2,8 +2,10 @@
 
 A hook runs after autograd has accumulated a parameter's gradient: it takes ``param.grad`` away and adds the active entries
 to a compact fp32 buffer. On a GPU dense gradients wait until ``WAITING_BYTES`` of them are there, so that one launch serves
-many small parameters; never more of them coexist. Every call accumulates (reentrant checkpointing fires once per segment,
-tied weights once, micro-batches once each); ``step()`` consumes.
+many parameters; never more of them coexist. Every call accumulates (reentrant checkpointing fires once per segment, tied
+weights once, micro-batches once each); ``step()`` consumes.
+
+A hook runs for every parameter in every backward pass, while the GPU waits for the host: it does as little as it can.
 """
 
 from __future__ import annotations
@@ -13,128 +15,175 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
+    from sparseopt.optim.arena import Arena
     from sparseopt.optim.sparse_adamw import SparseAdamW
 
 __all__ = ["WAITING_BYTES", "GradientCapture"]
 
-WAITING_BYTES = 64 * 2**20
+WAITING_BYTES = 256 * 2**20
+
+
+class _Slot:
+    """The hook of one parameter, and where its gradients go."""
+
+    __slots__ = ("arena", "capture", "gradient", "seen", "tensor")
+
+    def __init__(self, capture: GradientCapture) -> None:
+        self.capture = capture
+        self.arena: Arena | None = None  # None: not known (yet)
+        self.tensor = 0
+        self.gradient: Tensor | None = None  # dense, still to be gathered
+        self.seen = False  # captured since the last step: the next gradient adds to the buffer
+
+    def __call__(self, param: Tensor) -> None:
+        gradient = param.grad
+        if gradient is not None and self.capture.accepts(self, param, gradient):
+            param.grad = None
+            self.capture.take(self, gradient)
 
 
 class GradientCapture:
-    """The hooks of one optimizer and which parameters have captured gradients since the last step."""
+    """The hooks of one optimizer and what they have captured since the last step."""
 
     def __init__(self, optimizer: SparseAdamW) -> None:
-        # The parameters own the hooks; a strong reference would keep a discarded optimizer alive with the model.
+        # The parameters own the hooks: strong references to the optimizer or to parameters would keep them alive.
         self._optimizer = weakref.ref(optimizer)
-        self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
-        self.captured: set[Tensor] = set()
-        # Dense gradients that are still to be gathered: (gradient, whether to add to what is in the buffer).
-        self._waiting: dict[Tensor, tuple[Tensor, bool]] = {}
+        self._slots: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._touched: list[_Slot] = []
+        self._waiting: list[_Slot] = []
         self._waiting_bytes = 0
         self.arm()
 
     def arm(self) -> None:
-        """Hooks every trained parameter that has no hook yet."""
+        """Hooks every trained parameter that has no hook yet, and looks up where gradients go."""
         optimizer = self._optimizer()
         assert optimizer is not None
         for group in optimizer.param_groups:
             for param in group["params"]:
-                if param.requires_grad and param not in self._handles:
-                    self._handles[param] = param.register_post_accumulate_grad_hook(self._hook)
+                if param.requires_grad and param not in self._slots:
+                    slot = self._slots[param] = _Slot(self)
+                    self._handles.append(param.register_post_accumulate_grad_hook(slot))
+        for param, slot in self._slots.items():
+            slot.arena, slot.tensor = optimizer._slots.get(param, (None, 0))
 
     def disarm(self) -> None:
         """Removes all hooks: gradients stay dense."""
-        for handle in self._handles.values():
+        for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.discard()
+        self._slots = WeakIdKeyDictionary()
 
     def discard(self) -> None:
         """Forgets every captured gradient."""
-        self.captured.clear()
-        self._waiting.clear()
-        self._waiting_bytes = 0
+        self.consumed()
         optimizer = self._optimizer()
         for arena in optimizer._arenas if optimizer is not None else ():
             arena.squares.zero_()
 
-    def _hook(self, param: Tensor) -> None:
+    def consumed(self) -> None:
+        """After a step: the next gradients start anew."""
+        for slot in self._touched:
+            slot.seen, slot.gradient = False, None
+        self._touched.clear()
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    # ---- taking gradients --------------------------------------------------------------------------------------------
+    def accepts(self, slot: _Slot, param: Tensor, gradient: Tensor) -> bool:
+        """Whether this gradient is the optimizer's; finds out where it goes."""
         optimizer = self._optimizer()
         if optimizer is None:
             self.disarm()
-            return
-        if _in_process_group():
+            return False
+        if not self._touched and _in_process_group():
             raise RuntimeError(
                 "capture_gradients=True under torch.distributed is not supported yet: gradients would be captured before "
                 "they are averaged over ranks. Set capture_gradients=False."
             )
-        home = optimizer._slots.get(param)
-        if optimizer._dirty or home is None or home[0].device != param.device or home[0].dtype != param.dtype:
+        arena = slot.arena
+        if arena is None or optimizer._dirty or gradient.dtype != arena.dtype or gradient.device != arena.device:
             optimizer._build()  # compares all parameters: not at every hook
-        if param in optimizer._slots:  # else it was taken out of its group
-            self._take(optimizer, param)
+            if param not in optimizer._slots:  # it was taken out of its group
+                return False
+        if gradient.layout is not torch.strided:
+            raise RuntimeError(
+                f"SparseAdamW does not support sparse gradients (parameter {optimizer._name_of(param)!r})."
+            )
+        return True
 
-    def _take(self, optimizer: SparseAdamW, param: Tensor) -> None:
-        arena, tensor = optimizer._slots[param]
-        grad = param.grad
-        if grad is None:
+    def take(self, slot: _Slot, gradient: Tensor) -> None:
+        arena = slot.arena
+        assert arena is not None
+        if slot.gradient is not None:
+            self.flush()
+        if not slot.seen:
+            self._touched.append(slot)
+        if not arena.plan.counts[slot.tensor]:
+            slot.seen = True
             return
-        if grad.layout != torch.strided:
-            raise RuntimeError(f"SparseAdamW does not support sparse gradients (parameter {arena.names[tensor]!r}).")
-        param.grad = None
-        if arena.plan.counts[tensor]:
-            if param in self._waiting:
-                self.flush()
-            self._waiting[param] = (grad.detach(), param in self.captured)
-            self._waiting_bytes += grad.nbytes
-        self.captured.add(param)
-        if self._waiting_bytes >= WAITING_BYTES or param.device.type == "cpu":
+        slot.gradient = gradient.detach() if gradient.requires_grad else gradient
+        self._waiting.append(slot)
+        self._waiting_bytes += arena.dense_bytes[slot.tensor]
+        if self._waiting_bytes >= WAITING_BYTES or arena.device.type == "cpu":
             self.flush()
-
-    def flush(self) -> None:
-        """Gathers the waiting gradients: one launch for each arena, and for new and accumulating ones."""
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        calls: dict[tuple[int, bool], dict[int, Tensor]] = {}
-        for param, (grad, accumulate) in self._waiting.items():
-            arena, tensor = optimizer._slots[param]
-            calls.setdefault((optimizer._arenas.index(arena), accumulate), {})[tensor] = grad
-        self._waiting.clear()
-        self._waiting_bytes = 0
-        for (position, accumulate), grads in calls.items():
-            first, last = min(grads), max(grads)
-            nothing = grads[first].new_empty(0)
-            listed = [grads.pop(tensor, nothing) for tensor in range(first, last + 1)]
-            optimizer._arenas[position].gather(first, listed, accumulate)
-
-    def pending(self) -> dict[str, Tensor]:
-        """Captured gradients that no step has consumed, by parameter name: compact, in the state's dtype."""
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        if self._waiting:
-            self.flush()
-        homes = [optimizer._slots[param] for param in self.captured]
-        return {arena.names[t]: arena.gradient_buffer()[arena.plan.arena(t)] for arena, t in homes}
-
-    def restore(self, pending: dict[str, Tensor]) -> None:
-        """Hands pending gradients to the arenas that replaced the ones they were captured in."""
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        self.captured.clear()
-        for param, (arena, t) in optimizer._slots.items():
-            if arena.names[t] in pending:
-                arena.set_gradient(t, pending[arena.names[t]])
-                self.captured.add(param)
 
     def take_dense(self) -> None:
         """Captures gradients that somebody put into ``param.grad`` by hand."""
         optimizer = self._optimizer()
         assert optimizer is not None
-        for param in optimizer._slots:
-            if param.grad is not None:
-                self._take(optimizer, param)
+        for param, slot in self._slots.items():
+            if param.grad is not None and param in optimizer._slots:
+                slot(param)
+
+    def flush(self) -> None:
+        """Gathers the waiting gradients: one launch for each arena, and for new and accumulating ones."""
+        calls: dict[tuple[int, bool], list[_Slot]] = {}
+        for slot in self._waiting:
+            calls.setdefault((id(slot.arena), slot.seen), []).append(slot)
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        for (_, accumulate), slots in calls.items():
+            arena = slots[0].arena
+            assert arena is not None
+            gradients = {slot.tensor: slot.gradient for slot in slots}
+            for slot in slots:
+                slot.gradient, slot.seen = None, True
+            first, last = min(gradients), max(gradients)
+            listed = [gradients.get(tensor, arena.nothing) for tensor in range(first, last + 1)]
+            arena.gather(first, listed, accumulate)
+
+    # ---- what was captured -------------------------------------------------------------------------------------------
+    def __bool__(self) -> bool:
+        """Whether anything was captured since the last step."""
+        return bool(self._touched)
+
+    def present(self, arena: Arena) -> list[bool]:
+        """Which of an arena's tensors have a captured gradient."""
+        result = [False] * arena.plan.tensors
+        for slot in self._touched:
+            if slot.arena is arena:
+                result[slot.tensor] = True
+        return result
+
+    def pending(self) -> dict[str, Tensor]:
+        """Captured gradients that no step has consumed, by parameter name: compact, in the state's dtype."""
+        self.flush()
+        homes = [(slot.arena, slot.tensor) for slot in self._touched if slot.arena is not None]
+        return {arena.names[t]: arena.gradient_buffer()[arena.plan.arena(t)] for arena, t in homes}
+
+    def restore(self, pending: dict[str, Tensor]) -> None:
+        """Hands pending gradients to the arenas that replaced the ones they were captured in."""
+        self.consumed()
+        for slot in self._slots.values():
+            if slot.arena is not None and slot.arena.names[slot.tensor] in pending:
+                slot.arena.set_gradient(slot.tensor, pending[slot.arena.names[slot.tensor]])
+                slot.seen = True
+                self._touched.append(slot)
 
 
 def _in_process_group() -> bool:

@@ -114,6 +114,7 @@ class SparseAdamW(Optimizer):
         self._masks = {}
         self._saved: dict[str, Saved] = {}
         self._dirty = True
+        self._glance: list[tuple[int, bool]] = []
         # What the arenas were built for: amsgrad, and (id, group, device, dtype) of every parameter.
         self._built: tuple[bool, list[tuple[int, int, torch.device, torch.dtype]]] | None = None
         self._capture = None
@@ -136,6 +137,9 @@ class SparseAdamW(Optimizer):
                 seen.add(param)
                 result.append((normalize_name(names[i]) if names else f"param_{len(result)}", param, g))
         return result
+
+    def _name_of(self, param: Tensor) -> str:
+        return next(name for name, p, _ in self._layout() if p is param)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch. Under masks, its parameters follow ``unmasked``; see :meth:`update_masks`."""
@@ -197,8 +201,12 @@ class SparseAdamW(Optimizer):
         FSDP2 puts other tensors into the groups, models move to other devices and dtypes: state and captured gradients
         follow by name.
         """
+        glance = [(p.data_ptr(), g["amsgrad"]) for g in self.param_groups for p in g["params"]]
+        if not self._dirty and glance == self._glance:
+            return  # moving a parameter or changing its dtype moves its data
         layout = self._layout()
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
+        self._glance = glance
         built = (amsgrad, [(id(p), g, p.device, p.dtype) for _, p, g in layout])
         if not self._dirty and built == self._built:
             return
@@ -275,7 +283,7 @@ class SparseAdamW(Optimizer):
         if capture is not None:
             capture.take_dense()
             capture.flush()
-            if not capture.captured and self._slots:
+            if not capture and self._slots:
                 raise RuntimeError(
                     "SparseAdamW captured no gradient since the last step: run backward() first (was the model's "
                     "forward run under no_grad, or zero_grad() called after backward()?)."
@@ -295,7 +303,7 @@ class SparseAdamW(Optimizer):
             if self.max_grad_norm is not None or capture is not None:
                 arena.forget_gradients(keep_buffer=any(g["capturable"] for g in self.param_groups))
         if capture is not None:
-            capture.captured.clear()
+            capture.consumed()
 
     def _clip(self, inverse_scale: Tensor | None, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
         """(what gradients are multiplied by, whether the step is skipped), from the norm over all active entries."""
@@ -314,7 +322,7 @@ class SparseAdamW(Optimizer):
     def _gradients(self, arena: Arena) -> tuple[list[bool], Sequence[Tensor] | Tensor]:
         """(which tensors have a gradient, the gradients: dense, or compact when captured or clipped)."""
         if self._capture is not None:
-            return [p in self._capture.captured for p in arena.params], arena.gradient_buffer()
+            return self._capture.present(arena), arena.gradient_buffer()
         nothing = arena.params[0].new_empty(0)
         grads = []
         for name, param in zip(arena.names, arena.params, strict=True):
@@ -407,7 +415,7 @@ class SparseAdamW(Optimizer):
         Entries active before and after keep moments, master weight and age; new ones start at age 0 with their own bias
         correction; dropped ones keep their value. Parameters without a new mask keep theirs.
         """
-        if self._capture is not None and self._capture.captured:
+        if self._capture:
             raise RuntimeError(
                 "update_masks() between backward() and step() would lose captured gradients: call it after step()."
             )

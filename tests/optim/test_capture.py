@@ -83,7 +83,7 @@ def captured(opt: so.SparseAdamW) -> dict[str, Tensor]:
         name: arena.gradient_buffer()[arena.plan.arena(t)].clone()
         for arena in opt._arenas
         for t, name in enumerate(arena.names)
-        if arena.params[t] in opt._capture.captured  # type: ignore[union-attr]
+        if opt._capture.present(arena)[t]  # type: ignore[union-attr]
     }
 
 
@@ -408,3 +408,15 @@ def test_state_loaded_between_backward_and_step_drops_the_captured() -> None:
     opt.load_state_dict(state)
     with pytest.raises(RuntimeError, match="captured no gradient"):
         opt.step()
+
+
+def test_a_discarded_model_is_freed() -> None:
+    """Hooks belong to the parameters; nothing that they reach may keep the parameters."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    opt = so.SparseAdamW(model.named_parameters(), capture_gradients=True)
+    model(torch.randn(4, 8)).sum().backward()
+    opt.step()
+    gone = [weakref.ref(p) for p in model.parameters()]
+    del model, opt
+    gc.collect()
+    assert not [r for r in gone if r() is not None]
