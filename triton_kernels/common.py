@@ -24,7 +24,6 @@ __all__ = [
     "describe",
     "entry_positions",
     "narrow",
-    "pointer_table",
     "widen",
 ]
 
@@ -113,54 +112,39 @@ class Described(NamedTuple):
     aligned: bool
 
 
-def describe(what: str, tensors: Sequence[Tensor], device: torch.device) -> Described | None:
-    """Checks a list of tensors and sends their addresses to the device; None if all are empty."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if isinstance(tensors, TensorList) and isinstance(tensors.found, tuple) and tensors.found[0] == stream:
-        return tensors.found[1]
-    dtype = common_dtype(what, tensors)
-    if dtype is None:
-        return None
-    table = pointer_table(tensors, device)
-    described = Described(table, dtype, all(t.data_ptr() % 16 == 0 for t in tensors))
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if isinstance(tensors, TensorList) and not capturing:
-        tensors.found = (stream, described)
-    return described
-
-
-def common_dtype(what: str, tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The one dtype of the non-empty tensors (a kernel reads them through one pointer type); None if all are empty."""
-    dtypes = {t.dtype for t in tensors if t.numel()}
-    if len(dtypes) > 1 or not dtypes <= TL_DTYPES.keys():
-        raise TypeError(
-            f"expected {what} of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}."
-        )
-    return dtypes.pop() if dtypes else None
-
-
-_TABLES_KEPT = 32
+_TABLES_KEPT = 128
 _tables: OrderedDict[tuple[torch.device, tuple[int, ...]], tuple[int, Tensor]] = OrderedDict()
 _captured: list[Tensor] = []
 _lock = threading.Lock()
 
 
-def pointer_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Addresses of the tensors' data -> int64[T] on ``device``; 0 for an empty tensor.
+def describe(what: str, tensors: Sequence[Tensor], device: torch.device) -> Described | None:
+    """Checks a list of tensors and sends their addresses (0 for an empty one) to ``device``; None if all are empty.
 
     Tables are kept by the addresses in them, so that steps over unmoved tensors copy nothing. A copy is ordered on the
     stream that made it; another stream makes its own. While a CUDA graph is captured nothing may be copied from
     pageable memory: the warm-up's table serves, whichever stream made it, and is kept for good, since the graph holds
     its address.
     """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kept = isinstance(tensors, TensorList)
+    if kept and isinstance(tensors.found, tuple) and tensors.found[0] == stream:
+        return tensors.found[1]
+    addresses = [t.data_ptr() if t.numel() else 0 for t in tensors]
+    dtypes = {t.dtype for t, address in zip(tensors, addresses, strict=True) if address}
+    if len(dtypes) > 1 or not dtypes <= TL_DTYPES.keys():
+        raise TypeError(
+            f"expected {what} of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}."
+        )
+    if not dtypes:
+        return None
     for position, tensor in enumerate(tensors):
         # A kernel that follows a wrong address corrupts the process, so direct callers of the ops are checked as well.
-        if tensor.numel() and (tensor.device != device or not tensor.is_contiguous()):
+        if addresses[position] and (tensor.device != device or not tensor.is_contiguous()):
             raise ValueError(
                 f"tensor {position} must be contiguous on {device}, got strides {tensor.stride()} on {tensor.device}."
             )
-    key = (device, tuple(t.data_ptr() if t.numel() else 0 for t in tensors))
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, tuple(addresses))
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     with _lock:
         owner, table = _tables.get(key, (None, None))
@@ -170,11 +154,14 @@ def pointer_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
                     "sparseopt ops in a CUDA graph must have run on the same tensors before the capture: make a "
                     "warm-up step with the graph's own parameters and gradients first."
                 )
-            table = torch.tensor(key[1], dtype=torch.int64).to(device, non_blocking=True)
-        if capturing and not any(table is kept for kept in _captured):
+            table = torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
+        if capturing and not any(table is other for other in _captured):
             _captured.append(table)
         _tables[key] = (stream if owner is None or not capturing else owner, table)
         _tables.move_to_end(key)
         while len(_tables) > _TABLES_KEPT:
             _tables.popitem(last=False)
-    return table
+    described = Described(table, dtypes.pop(), all(address % 16 == 0 for address in addresses))
+    if kept and not capturing:
+        tensors.found = (stream, described)
+    return described

@@ -33,16 +33,20 @@ class _Slot:
 
     def __init__(self, capture: GradientCapture) -> None:
         self.capture = capture
-        self.arena: Arena | None = None  # None: not known (yet)
+        # Position among the optimizer's arenas, -1 while not known: the arena itself holds the parameter, which holds
+        # this hook, and Python's collector does not see through tensors.
+        self.arena = -1
         self.tensor = 0
         self.gradient: Tensor | None = None  # dense, still to be gathered
         self.seen = False  # captured since the last step: the next gradient adds to the buffer
 
     def __call__(self, param: Tensor) -> None:
         gradient = param.grad
-        if gradient is not None and self.capture.accepts(self, param, gradient):
-            param.grad = None
-            self.capture.take(self, gradient)
+        if gradient is not None:
+            arena = self.capture.home(self, param, gradient)
+            if arena is not None:
+                param.grad = None
+                self.capture.take(self, arena, gradient)
 
 
 class GradientCapture:
@@ -67,8 +71,10 @@ class GradientCapture:
                 if param.requires_grad and param not in self._slots:
                     slot = self._slots[param] = _Slot(self)
                     self._handles.append(param.register_post_accumulate_grad_hook(slot))
+        positions = {id(arena): position for position, arena in enumerate(optimizer._arenas)}
         for param, slot in self._slots.items():
-            slot.arena, slot.tensor = optimizer._slots.get(param, (None, 0))
+            arena, slot.tensor = optimizer._slots.get(param, (None, 0))
+            slot.arena = positions.get(id(arena), -1)
 
     def disarm(self) -> None:
         """Removes all hooks: gradients stay dense."""
@@ -94,31 +100,30 @@ class GradientCapture:
         self._waiting_bytes = 0
 
     # ---- taking gradients --------------------------------------------------------------------------------------------
-    def accepts(self, slot: _Slot, param: Tensor, gradient: Tensor) -> bool:
-        """Whether this gradient is the optimizer's; finds out where it goes."""
+    def home(self, slot: _Slot, param: Tensor, gradient: Tensor) -> Arena | None:
+        """Where this gradient goes; None if it is not the optimizer's."""
         optimizer = self._optimizer()
         if optimizer is None:
             self.disarm()
-            return False
+            return None
         if not self._touched and _in_process_group():
             raise RuntimeError(
                 "capture_gradients=True under torch.distributed is not supported yet: gradients would be captured before "
                 "they are averaged over ranks. Set capture_gradients=False."
             )
-        arena = slot.arena
-        if arena is None or optimizer._dirty or gradient.dtype != arena.dtype or gradient.device != arena.device:
+        arena = optimizer._arenas[slot.arena] if slot.arena >= 0 and not optimizer._dirty else None
+        if arena is None or gradient.dtype != arena.dtype or gradient.device != arena.device:
             optimizer._build()  # compares all parameters: not at every hook
             if param not in optimizer._slots:  # it was taken out of its group
-                return False
+                return None
+            arena = optimizer._arenas[slot.arena]
         if gradient.layout is not torch.strided:
             raise RuntimeError(
-                f"SparseAdamW does not support sparse gradients (parameter {optimizer._name_of(param)!r})."
+                f"SparseAdamW does not support sparse gradients (parameter {arena.names[slot.tensor]!r})."
             )
-        return True
+        return arena
 
-    def take(self, slot: _Slot, gradient: Tensor) -> None:
-        arena = slot.arena
-        assert arena is not None
+    def take(self, slot: _Slot, arena: Arena, gradient: Tensor) -> None:
         if slot.gradient is not None:
             self.flush()
         if not slot.seen:
@@ -136,25 +141,31 @@ class GradientCapture:
         """Captures gradients that somebody put into ``param.grad`` by hand."""
         optimizer = self._optimizer()
         assert optimizer is not None
-        for param, slot in self._slots.items():
-            if param.grad is not None and param in optimizer._slots:
-                slot(param)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param in self._slots:
+                    self._slots[param](param)
 
     def flush(self) -> None:
         """Gathers the waiting gradients: one launch for each arena, and for new and accumulating ones."""
+        if not self._waiting:
+            return
+        optimizer = self._optimizer()
+        assert optimizer is not None
         calls: dict[tuple[int, bool], list[_Slot]] = {}
         for slot in self._waiting:
-            calls.setdefault((id(slot.arena), slot.seen), []).append(slot)
+            calls.setdefault((slot.arena, slot.seen), []).append(slot)
         self._waiting.clear()
         self._waiting_bytes = 0
-        for (_, accumulate), slots in calls.items():
-            arena = slots[0].arena
-            assert arena is not None
-            gradients = {slot.tensor: slot.gradient for slot in slots}
+        for (position, accumulate), slots in calls.items():
+            arena = optimizer._arenas[position]
+            gradients: dict[int, Tensor] = {}
             for slot in slots:
+                assert slot.gradient is not None
+                gradients[slot.tensor] = slot.gradient
                 slot.gradient, slot.seen = None, True
             first, last = min(gradients), max(gradients)
-            listed = [gradients.get(tensor, arena.nothing) for tensor in range(first, last + 1)]
+            listed = [gradients.pop(tensor, arena.nothing) for tensor in range(first, last + 1)]
             arena.gather(first, listed, accumulate)
 
     # ---- what was captured -------------------------------------------------------------------------------------------
@@ -164,24 +175,31 @@ class GradientCapture:
 
     def present(self, arena: Arena) -> list[bool]:
         """Which of an arena's tensors have a captured gradient."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
         result = [False] * arena.plan.tensors
         for slot in self._touched:
-            if slot.arena is arena:
+            if slot.arena >= 0 and optimizer._arenas[slot.arena] is arena:
                 result[slot.tensor] = True
         return result
 
     def pending(self) -> dict[str, Tensor]:
         """Captured gradients that no step has consumed, by parameter name: compact, in the state's dtype."""
         self.flush()
-        homes = [(slot.arena, slot.tensor) for slot in self._touched if slot.arena is not None]
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        homes = [(optimizer._arenas[slot.arena], slot.tensor) for slot in self._touched if slot.arena >= 0]
         return {arena.names[t]: arena.gradient_buffer()[arena.plan.arena(t)] for arena, t in homes}
 
     def restore(self, pending: dict[str, Tensor]) -> None:
         """Hands pending gradients to the arenas that replaced the ones they were captured in."""
         self.consumed()
+        optimizer = self._optimizer()
+        assert optimizer is not None
         for slot in self._slots.values():
-            if slot.arena is not None and slot.arena.names[slot.tensor] in pending:
-                slot.arena.set_gradient(slot.tensor, pending[slot.arena.names[slot.tensor]])
+            arena = optimizer._arenas[slot.arena] if slot.arena >= 0 else None
+            if arena is not None and arena.names[slot.tensor] in pending:
+                arena.set_gradient(slot.tensor, pending[arena.names[slot.tensor]])
                 slot.seen = True
                 self._touched.append(slot)
 

@@ -138,9 +138,6 @@ class SparseAdamW(Optimizer):
                 result.append((normalize_name(names[i]) if names else f"param_{len(result)}", param, g))
         return result
 
-    def _name_of(self, param: Tensor) -> str:
-        return next(name for name, p, _ in self._layout() if p is param)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch. Under masks, its parameters follow ``unmasked``; see :meth:`update_masks`."""
         super().add_param_group(param_group)
