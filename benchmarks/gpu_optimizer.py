@@ -227,9 +227,9 @@ def environment() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit measured: git's, or ``SPARSEOPT_COMMIT`` where the tree came without its history."""
+    """The commit measured: ``SPARSEOPT_COMMIT`` where the tree came without its history, else git's."""
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or os.environ.get("SPARSEOPT_COMMIT", "unknown")
+    return os.environ.get("SPARSEOPT_COMMIT") or found.stdout.strip() or "unknown"
 
 
 def store(folder: str, suites: Mapping[str, dict[str, Any]], command: str) -> Path:
