@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,3 +210,31 @@ def test_wrong_arguments_are_named() -> None:
         Job(1, 1, "ppo")
     with pytest.raises(ValueError, match="no plan for models of type 'mixtral'"):
         planning.architecture(transformers.MixtralConfig())
+
+
+def stored_steps() -> list[tuple[str, dict, str, dict]]:
+    """(suite, settings, arm, what was measured) of every training step in benchmarks/results that a plan speaks of."""
+    folder = Path(__file__).parent.parent / "benchmarks" / "results"
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        for name, suite in json.loads(path.read_text())["suites"].items():
+            step = suite.get("train_step", {"arms": {}})
+            for arm, measured in step["arms"].items():
+                if step["settings"]["mode"] == "eager" and step["settings"]["shape"] and "/" not in arm:
+                    found.append((name, step["settings"], arm, measured))
+    return found
+
+
+def test_planned_peaks_are_within_15_percent_of_every_stored_measurement() -> None:
+    steps = stored_steps()
+    assert len(steps) >= 9
+    for name, settings, arm, measured in steps:
+        density = float(arm.partition("@")[2].rstrip("%") or 2.5) / 100
+        job = Job(settings["batch"], settings["seq"], settings["workload"], settings["gradient_checkpointing"])
+        planned = planning.plan(
+            shape_config(settings["shape"]), job, sparsity=1 - density, master=settings["master"],
+            adapter_bytes=4 if arm == "lora" else 2,
+        )  # fmt: skip
+        kind = {"dense": "dense", "lora": "LoRA", "sparse": "sparse"}[arm.partition("-")[0].partition("@")[0]]
+        row = next(r for r in planned["arms"] if r["name"].startswith(kind))
+        assert row["peak"] == pytest.approx(measured["peak_allocated_bytes"], rel=0.15), (name, arm)
