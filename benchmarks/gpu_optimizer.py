@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +31,20 @@ import sparseopt as so
 
 N = 525_336_576  # the embedding of Llama-3.1-8B: 128256 x 4096
 ROUNDS, WARM_UP = 20, 5
+NEEDED_GIB = {"single": 15, "model": 60}
 SINGLE = [("10%", 0.1, 1), ("2.5%", 0.025, 1), ("1%", 0.01, 1), ("0.25%", 0.0025, 1),
           ("2.5%, runs of 8", 0.025, 8), ("2.5%, runs of 16", 0.025, 16), ("2.5%, runs of 32", 0.025, 32)]  # fmt: skip
 MODEL = [("10%", 0.1, 1), ("2.5%", 0.025, 1), ("0.25%", 0.0025, 1), ("2.5%, runs of 16", 0.025, 16)]
-MASTERS = {"fp32 master": "fp32", "residual": "residual"}
+MASTERS: dict[str, Literal["fp32", "residual"]] = {"fp32 master": "fp32", "residual": "residual"}
 # (case, arm) -> {baseline: how many times faster it must be}
-BARS = {
+BARS: dict[tuple[str, str], dict[str, float]] = {
     ("2.5%", "step"): {"torch fused": 5.5, "torch default": 14},
     ("2.5%", "clip + step"): {"torch fused + clip": 6.5},
     ("0.25%", "step"): {"torch fused": 24},
     ("0.25%", "clip + step"): {"torch fused + clip": 30},
     ("2.5%, runs of 16", "step"): {"torch fused": 18},
 }
-MODEL_BARS = {
+MODEL_BARS: dict[tuple[str, str], dict[str, float]] = {
     ("2.5%", "clip + step"): {"torch fused + clip": 5.5},
     ("2.5%", "clip + step, captured"): {"torch fused + clip": 8},
     ("10%", "clip + step, captured"): {"torch fused + clip": 3.3},
@@ -56,7 +57,7 @@ def make_mask(n: int, density: float, run: int) -> Tensor:
     return mask.repeat_interleave(run)[:n].cpu()
 
 
-def check(density: float, run: int, clip: float | None, master: str) -> None:
+def check(density: float, run: int, clip: float | None, master: Literal["fp32", "residual"]) -> None:
     """Three steps against dense AdamW on the fp32 values of the active entries; frozen entries bitwise equal."""
     n = 4_000_000
     mask = make_mask(n, density, run)
@@ -171,7 +172,7 @@ def run_suite(
             check(density, run, None, master)
             check(density, run, 1.0, master)
 
-            def sparse(clip: float | None, capture: bool = False, masks: Any = masks, master: str = master) -> Any:
+            def sparse(clip: float | None, capture: bool = False, masks: Any = masks, master: Any = master) -> Any:
                 return so.SparseAdamW(params.items(), masks=masks, max_grad_norm=clip, master_weights=master,
                                       capture_gradients=capture)  # fmt: skip
 
@@ -235,8 +236,9 @@ def commit() -> str:
 def store(folder: str, suites: Mapping[str, dict[str, Any]], command: str) -> Path:
     """Adds suites to FOLDER/<device>.json."""
     device = torch.cuda.get_device_name()
+    Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder, re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
-    stored = json.loads(path.read_text()) if path.exists() else {"device": device, "suites": {}}
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"device": device, "suites": {}}
     for name, cases in suites.items():
         stored["suites"][name] = {
             "date": datetime.date.today().isoformat(), "commit": commit(), "command": command,
@@ -250,7 +252,11 @@ def main(folder: str | None = None, *which: str) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA GPU; `make bench` measures the CPU.")
     suites = {}
+    memory = torch.cuda.get_device_properties(0).total_memory
     for name in which or ("single", "model"):
+        if memory < NEEDED_GIB[name] * 2**30:
+            print(f"{name}: left out, it needs {NEEDED_GIB[name]} GiB and this GPU has {memory / 2**30:.0f}.")
+            continue
         if name == "single":
             suites["optimizer, 525 M bf16 parameters"] = run_suite({"p": N}, SINGLE, BARS, captured=False)
         else:

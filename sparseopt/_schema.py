@@ -21,6 +21,7 @@ Terms used by all ops:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,9 @@ __all__ = ["HYPER_COLUMNS", "MUTABLE_OPS", "NAMESPACE", "OPS", "TensorList", "li
 
 
 class TensorList(list[Tensor]):
-    """A list of tensors that does not change: launchers keep on it what they found out about it."""
+    """A list of tensors that does not change: launchers keep on it, by stream, what they found out about it."""
 
-    found: object = None
+    found: tuple[int, Any] | None = None
 
 
 NAMESPACE = "sparseopt"

@@ -127,9 +127,9 @@ def describe(what: str, tensors: Sequence[Tensor], device: torch.device) -> Desc
     its address.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    kept = isinstance(tensors, TensorList)
-    if kept and isinstance(tensors.found, tuple) and tensors.found[0] == stream:
-        return tensors.found[1]
+    kept = tensors if isinstance(tensors, TensorList) else None
+    if kept is not None and kept.found is not None and kept.found[0] == stream:
+        return kept.found[1]
     addresses = [t.data_ptr() if t.numel() else 0 for t in tensors]
     dtypes = {t.dtype for t, address in zip(tensors, addresses, strict=True) if address}
     if len(dtypes) > 1 or not dtypes <= TL_DTYPES.keys():
@@ -162,6 +162,6 @@ def describe(what: str, tensors: Sequence[Tensor], device: torch.device) -> Desc
         while len(_tables) > _TABLES_KEPT:
             _tables.popitem(last=False)
     described = Described(table, dtypes.pop(), all(address % 16 == 0 for address in addresses))
-    if kept and not capturing:
-        tensors.found = (stream, described)
+    if kept is not None and not capturing:
+        kept.found = (stream, described)
     return described

@@ -148,14 +148,14 @@ def _suite(suite: str, text: str) -> None:
 
 
 def _on_gpu(suite: str, output: str | None, json: bool) -> None:
-    import importlib
+    from sparseopt.benchmarks import gpu_masks, gpu_optimizer
 
-    module = importlib.import_module(f"sparseopt.benchmarks.gpu_{suite}")
+    run = {"optimizer": gpu_optimizer.main, "masks": gpu_masks.main}[suite]
     if not json:
-        module.main(output)
+        run(output)
         return
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
-        module.main(output or temporary)
+        run(output or temporary)
         newest = max(Path(output or temporary).glob("*.json"), key=lambda path: path.stat().st_mtime)
         text = newest.read_text()
     print(text, end="")
