@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparseopt import functional
-from sparseopt._schema import HYPER_COLUMNS
 from sparseopt.masks.maskset import MaskSet, normalize_name
-from sparseopt.optim import checkpoint, weights
+from sparseopt.optim import checkpoint, stepping, weights
 from sparseopt.optim.arena import Arena, Saved
 from sparseopt.optim.arguments import check_hyperparameters, resolve_masks
 from sparseopt.optim.capture import GradientCapture
@@ -269,76 +267,8 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        stepping.take_step(self)
         return loss
-
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def _step(self) -> None:
-        self._build()
-        capture = self._capture
-        if capture is not None:
-            capture.take_dense()
-            capture.flush()
-            if not capture and self._slots:
-                raise RuntimeError(
-                    "SparseAdamW captured no gradient since the last step: run backward() first (was the model's "
-                    "forward run under no_grad, or zero_grad() called after backward()?)."
-                )
-        multiplier, skip = self._loss_scale()
-        sources = [self._gradients(arena) for arena in self._arenas]
-        if self.max_grad_norm is not None and sources:
-            multiplier, skip = self._clip(multiplier, skip)
-        if skip is not None:
-            if self._skipped is None:
-                self._skipped = torch.zeros_like(skip)
-            self._skipped += skip.to(self._skipped.device)
-        hyper = self._hyper_rows()
-        for arena, (present, grads) in zip(self._arenas, sources, strict=True):
-            arena.set_hyper(hyper)
-            arena.step(present, grads, multiplier, skip)
-            if self.max_grad_norm is not None or capture is not None:
-                arena.forget_gradients(keep_buffer=any(g["capturable"] for g in self.param_groups))
-        if capture is not None:
-            capture.consumed()
-
-    def _clip(self, inverse_scale: Tensor | None, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(what gradients are multiplied by, whether the step is skipped), from the norm over all active entries."""
-        norm = self.grad_norm_buffer()
-        if self._clipping is None:
-            self._clipping = torch.ones_like(norm), torch.zeros_like(norm)
-        multiplier, skip = self._clipping
-        squares = [arena.squares.to(norm.device) for arena in self._arenas]
-        functional.clip_coefficient_(
-            squares[0] if len(squares) == 1 else torch.cat(squares), float(self.max_grad_norm or 0), norm=norm,
-            multiplier=multiplier, skip=skip, inverse_scale=_number(inverse_scale, norm), found_inf=_number(found_inf, norm),
-        )  # fmt: skip
-        self._norm_measured = True
-        return multiplier, skip
-
-    def _gradients(self, arena: Arena) -> tuple[list[bool], Sequence[Tensor] | Tensor]:
-        """(which tensors have a gradient, the gradients: dense, or compact when captured or clipped)."""
-        if self._capture is not None:
-            return self._capture.present(arena), arena.gradient_buffer()
-        nothing = arena.params[0].new_empty(0)
-        grads = []
-        for name, param in zip(arena.names, arena.params, strict=True):
-            grad = param.grad
-            if grad is not None and grad.layout != torch.strided:
-                raise RuntimeError(f"SparseAdamW does not support sparse gradients (parameter {name!r}).")
-            grads.append(nothing if grad is None else grad.detach().contiguous())
-        present = [p.grad is not None for p in arena.params]
-        if self.max_grad_norm is None:
-            return present, grads
-        arena.gather(0, grads, accumulate=False)
-        return present, arena.gradient_buffer()
-
-    def _hyper_rows(self) -> list[tuple[float | Tensor, ...]]:
-        rows = []
-        for group in self.param_groups:
-            values = {**group, "beta1": group["betas"][0], "beta2": group["betas"][1]}
-            rows.append(tuple(values[column] for column in HYPER_COLUMNS))
-        return rows
 
     # ---- loss scaling (torch.amp.GradScaler) ---------------------------------------------------------------------------
     @property
@@ -350,10 +280,6 @@ class SparseAdamW(Optimizer):
                 "train in bf16 without a scaler, or set capture_gradients=False."
             )
         return True
-
-    def _loss_scale(self) -> tuple[Tensor | None, Tensor | None]:
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return (None if scale is None else scale.double().reciprocal().float()), found
 
     # ---- what it knows ---------------------------------------------------------------------------------------------------
     @property
@@ -478,7 +404,3 @@ class SparseAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         checkpoint.setstate(self, state)
-
-
-def _number(value: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if value is None else value.detach().reshape(()).to(like)
