@@ -86,6 +86,8 @@ class GradientCapture:
 
     def discard(self) -> None:
         """Forgets every captured gradient."""
+        if not self._touched:
+            return
         self.consumed()
         optimizer = self._optimizer()
         for arena in optimizer._arenas if optimizer is not None else ():

@@ -112,7 +112,7 @@ class SparseAdamW(Optimizer):
         self._masks = {}
         self._saved: dict[str, Saved] = {}
         self._dirty = True
-        self._glance: list[tuple[int, bool]] = []
+        self._glance: list[tuple[int, int, int, bool]] = []
         # What the arenas were built for: amsgrad, and (id, group, device, dtype) of every parameter.
         self._built: tuple[bool, list[tuple[int, int, torch.device, torch.dtype]]] | None = None
         self._capture = None
@@ -196,7 +196,7 @@ class SparseAdamW(Optimizer):
         FSDP2 puts other tensors into the groups, models move to other devices and dtypes: state and captured gradients
         follow by name.
         """
-        glance = [(p.data_ptr(), g["amsgrad"]) for g in self.param_groups for p in g["params"]]
+        glance = [(id(p), p.data_ptr(), i, g["amsgrad"]) for i, g in enumerate(self.param_groups) for p in g["params"]]
         if not self._dirty and glance == self._glance:
             return  # moving a parameter or changing its dtype moves its data
         layout = self._layout()

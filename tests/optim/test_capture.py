@@ -420,3 +420,18 @@ def test_a_discarded_model_is_freed() -> None:
     del model, opt
     gc.collect()
     assert not [r for r in gone if r() is not None]
+
+
+def test_a_parameter_replaced_by_one_of_the_same_storage_is_trained() -> None:
+    """FSDP2 and others put new parameter objects into the groups: neither address nor order need to change."""
+    param = torch.nn.Parameter(torch.ones(4))
+    opt = so.SparseAdamW([("w", param)], lr=0.1)
+    param.grad = torch.ones(4)
+    opt.step()
+    other = torch.nn.Parameter(param.data)
+    opt.param_groups[0]["params"][0] = other
+    before = other.detach().clone()
+    other.grad = torch.ones(4)
+    opt.step()
+    assert not torch.equal(other, before)
+    assert opt.state[other]["step"] == 2
