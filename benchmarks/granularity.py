@@ -32,7 +32,7 @@ def prices(scores: Mapping[str, Tensor], sparsity: float, **options: Any) -> dic
     """Granularity -> share of the whole score that the best mask of such groups keeps."""
     found = {}
     for granularity in GRANULARITIES:
-        masks = so.find_masks(scores, sparsity, granularity=granularity, **options)  # type: ignore[arg-type]
+        masks = so.find_masks(scores, sparsity, granularity=granularity, **options)
         found[str(granularity)] = float(masks.metadata["kept_score"])
     return found
 

@@ -209,7 +209,7 @@ def test_all_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         assert values["gradient_bytes"] > 0
     for arm, case in suite["cases"].items():
         assert case["train_step"] == arms[arm]
-        assert list(case["baselines"]) == ["dense-fused", "dense-foreach", "lora"]
+        assert list(case["baselines"]) == ["dense-fused", "dense-foreach", "lora", "lora-bf16"]
         ratio = case["baselines"]["lora"]["median"] / case["sparseopt"]["median"]
         assert case["baselines"]["lora"]["ratio"] == pytest.approx(ratio, abs=1e-3)
     assert arms["sparse@2.5%"]["state_bytes"] < arms["lora"]["state_bytes"] < arms["dense-fused"]["state_bytes"]
