@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test slow bench lint types clean
+.PHONY: help venv install demo chain test slow bench lint types clean
 
 BIN := $(VENV)/bin
 # --no-compile: modules are byte-compiled when first imported, not all of torch and transformers beforehand.
@@ -87,6 +87,9 @@ install: $(STAMPS)/dev ## .venv with everything, tests included
 # ---- jobs ------------------------------------------------------------------------------------------------------------
 demo: $(STAMPS)/demo ## sparse DPO of a real model, CPU, a few minutes; results in a run folder
 	@$(BIN)/sparseopt train dpo --config configs/quickstart.yaml --output_dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+
+chain: $(STAMPS)/demo ## dense DPO -> masks -> sparse DPO and GRPO -> timing -> reconstruction, CPU, under 25 minutes; resumable
+	@$(BIN)/sparseopt train chain --config configs/chain.yaml --output_dir runs/chain
 
 test: lint types $(STAMPS)/dev ## lint, types, and the tests that are not slow
 	@mkdir -p $(REPORTS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = ["bindings.cpp", "gather.cpp", "masks.cpp", "sparse_adamw.cpp"]
+SOURCES = ["bindings.cpp", "gather.cpp", "masks.cpp", "scatter.cpp", "sparse_adamw.cpp"]
 
 
 def extension_arguments() -> dict:

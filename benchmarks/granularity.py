@@ -42,7 +42,7 @@ def speeds(results: Path) -> dict[str, tuple[str, float]]:
     found: dict[str, tuple[str, float]] = {}
     for path in sorted(results.glob("*.json")):
         stored = json.loads(path.read_text())
-        cases = stored["suites"].get(SUITE, {}).get("cases", {})
+        cases = stored.get("suites", {}).get(SUITE, {}).get("cases", {})
         for granularity in GRANULARITIES:
             label = "2.5%" if granularity == 1 else f"2.5%, runs of {granularity}"
             case = cases.get(f"{label}, residual, step")
@@ -75,19 +75,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     from sparseopt import config as configuration
-    from sparseopt import models
     from sparseopt.progress import announce_device
-    from sparseopt.trainers import dpo, gradient_scores
+    from sparseopt.schemas import DPO
+    from sparseopt.trainers.dpo import DpoRun
+    from sparseopt.trainers.scoring import gradient_scores
 
-    config = configuration.load(configuration.DPO, options.config, [], {})
+    config = configuration.load(DPO, options.config, [], {})
     settings = config["mask"]
-    chosen = announce_device(config["training"]["device"])
-    model = models.load_model(config["model"]["name"], config["model"]["dtype"], chosen)
-    tokenizer = models.load_tokenizer(config["model"]["name"])
-    pairs, _ = dpo._load_pairs(config)
     with tempfile.TemporaryDirectory() as folder:
-        device = next(model.parameters()).device
-        trainer = dpo._make_trainer(model, tokenizer, pairs, dpo._arguments(config, Path(folder), device))
+        config["output"]["dir"] = folder
+        trainer = DpoRun(config).untrained(announce_device(config["training"]["device"]))
         exclude = settings["exclude"] or None
         scores = gradient_scores(trainer, settings["batches"], settings["include"] or None, exclude)
     kept = prices(scores, settings["sparsity"])

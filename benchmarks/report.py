@@ -211,6 +211,8 @@ def render(results: Path, readme: Path) -> None:
     parts = []
     for path in sorted(results.glob("*.json")):
         stored = json.loads(path.read_text())
+        if "suites" not in stored:  # of a benchmark that has a file of its own
+            continue
         parts.append(f"### {stored['device']}")
         parts += [_section(suite, run) for suite, run in stored["suites"].items()]
     body = "\n\n".join(parts) or "No results are stored."

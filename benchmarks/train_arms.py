@@ -1,4 +1,4 @@
-"""The arms and the work of :mod:`sparseopt.benchmarks.train_step`: models, optimizers, masks, batches, and the check."""
+"""The arms of :mod:`sparseopt.benchmarks.train_step`: optimizers, masks, and the check."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import sparseopt as so
 from sparseopt.benchmarks.train_settings import Arm
+from sparseopt.benchmarks.train_work import make_loss
+from sparseopt.masks.maskset import normalize_name
 
 __all__ = [
     "Built",
@@ -21,14 +22,12 @@ __all__ = [
     "build",
     "check_small",
     "compile_layers",
-    "make_loss",
+    "fit_masks",
     "random_masks",
 ]
 
 LEARNING_RATE = 1e-4
 CLIP = 1.0
-BETA = 0.1  # of the DPO loss
-CLIP_RATIO = 0.2  # of the GRPO loss
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -38,70 +37,6 @@ class CheckError(RuntimeError):
 
 class Unavailable(RuntimeError):
     """An arm cannot run here; the message is what the tables show in its place."""
-
-
-# ---- the work --------------------------------------------------------------------------------------------------------
-def make_loss(
-    workload: str, model: nn.Module, batch: int, sequence: int, accumulation: int, seed: int = 0
-) -> list[Callable[[], Tensor]]:
-    """The loss of every micro-batch of a step, on random tokens of the model's vocabulary.
-
-    Args:
-        workload: "lm": next-token loss. "dpo": ``batch`` pairs, the first half of each sequence their common prompt, against
-            reference log-probabilities that are computed here, once. "grpo": clipped-ratio policy gradient on the second
-            half of each sequence, on-policy; generation is no part of it.
-        model: a causal language model.
-        batch: sequences of a micro-batch, or pairs.
-        sequence: tokens of a sequence.
-        accumulation: micro-batches of a step; their losses are divided by it.
-        seed: of tokens and advantages.
-    """
-    device = next(model.parameters()).device
-    config: Any = model.config
-    generator = torch.Generator(device).manual_seed(seed)
-    completion = sequence // 2
-
-    def tokens() -> Tensor:
-        rows = 2 * batch if workload == "dpo" else batch
-        ids = torch.randint(config.vocab_size, (rows, sequence), generator=generator, device=device)
-        if workload == "dpo":
-            ids[batch:, : sequence - completion] = ids[:batch, : sequence - completion]
-        return ids
-
-    def log_probs(ids: Tensor) -> Tensor:
-        """Of the completions' tokens: fp32[rows, completion]."""
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=completion + 1).logits[:, :-1]
-        targets = ids[:, -completion:]
-        return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
-
-    def language(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, labels=ids, use_cache=False).loss / accumulation
-
-    def preference(ids: Tensor, reference: Tensor) -> Tensor:
-        reward = log_probs(ids).sum(1) - reference
-        return -F.logsigmoid(BETA * (reward[:batch] - reward[batch:])).mean() / accumulation
-
-    def policy(ids: Tensor, advantages: Tensor) -> Tensor:
-        values = log_probs(ids)
-        ratio = torch.exp(values - values.detach())
-        clipped = ratio.clamp(1 - CLIP_RATIO, 1 + CLIP_RATIO)
-        return -torch.minimum(ratio * advantages, clipped * advantages).mean() / accumulation
-
-    losses: list[Callable[[], Tensor]] = []
-    for _ in range(accumulation):
-        ids = tokens()
-        if workload == "lm":
-            losses.append(lambda ids=ids: language(ids))  # type: ignore[misc]
-        elif workload == "dpo":
-            with torch.no_grad():
-                reference = log_probs(ids).sum(1)
-            losses.append(lambda ids=ids, reference=reference: preference(ids, reference))  # type: ignore[misc]
-        elif workload == "grpo":
-            advantages = torch.randn(batch, 1, generator=generator, device=device)
-            losses.append(lambda ids=ids, advantages=advantages: policy(ids, advantages))  # type: ignore[misc]
-        else:
-            raise ValueError(f"unknown workload {workload!r}: expected lm, dpo or grpo.")
-    return losses
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -122,12 +57,12 @@ class Probe:
     before: Tensor
     active: Tensor
 
-    def fault(self) -> str | None:
+    def fault(self, moves: bool = True) -> str | None:
         now, old = (bits(t) for t in (self.param.detach().flatten()[: self.before.numel()].cpu(), self.before))
         changed = now != old
         if bool((changed & ~self.active).any()):
             return "a frozen entry moved"
-        if bool(self.active.any()) and not bool(changed.any()):
+        if moves and bool(self.active.any()) and not bool(changed.any()):
             return "no active entry moved"
         return None
 
@@ -170,14 +105,22 @@ class Built:
         dense = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         return dense + (self.optimizer.gradient_bytes() if isinstance(self.optimizer, so.SparseAdamW) else 0)
 
-    def check(self) -> None:
-        """Raises CheckError when a frozen entry moved, or none of the others did."""
+    def check(self, moves: bool = True) -> None:
+        """Raises CheckError when a frozen entry moved, or none of the others did although it ``moves``."""
         for probe in self.probes:
-            if fault := probe.fault():
+            if fault := probe.fault(moves):
                 raise CheckError(f"{fault} while the model was trained")
 
 
-def build(arm: Arm, model: nn.Module, *, master: str = "residual", lr: float = LEARNING_RATE, seed: int = 0) -> Built:
+def build(
+    arm: Arm,
+    model: nn.Module,
+    *,
+    master: str = "residual",
+    lr: float = LEARNING_RATE,
+    seed: int = 0,
+    masks: so.MaskSet | None = None,
+) -> Built:
     """Makes an arm of a fresh model.
 
     Args:
@@ -186,12 +129,16 @@ def build(arm: Arm, model: nn.Module, *, master: str = "residual", lr: float = L
         master: "residual" or "fp32": how SparseAdamW keeps master weights.
         lr: learning rate.
         seed: of masks and adapters.
+        masks: of a sparse arm, from :func:`fit_masks`; None: random ones of the arm's density.
 
     Raises:
         Unavailable: the arm's package is not installed.
     """
     if arm.sparse:
-        return _build_sparse(arm, model, master, lr, seed)
+        if masks is None:
+            assert arm.density is not None
+            masks = random_masks(model, arm.density, arm.run, seed)
+        return _build_sparse(arm, model, masks, master, lr)
     if arm.name in ("lora", "lora-bf16"):
         model = _wrap_lora(model, seed, fp32=arm.name == "lora")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -241,9 +188,36 @@ def random_masks(model: Any, density: float, run: int = 1, seed: int = 0) -> so.
     return so.MaskSet(packed, shapes, {"method": "random", "seed": seed, "granularity": run}, copy_bits=False)
 
 
-def _build_sparse(arm: Arm, model: nn.Module, master: str, lr: float, seed: int) -> Built:
-    assert arm.density is not None
-    masks = random_masks(model, arm.density, arm.run, seed)
+def fit_masks(model: nn.Module, masks: so.MaskSet, source: str) -> so.MaskSet:
+    """A mask file's masks under the names of ``model.named_parameters()``, of which none may be missing.
+
+    Raises:
+        ValueError: a parameter without a mask, a mask of another model, or nothing is active.
+    """
+    aliases = {normalize_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+    owner = {id(param): normalize_name(name) for name, param in model.named_parameters()}
+    packed: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in masks.names:
+        param = aliases.get(name)
+        if param is None or masks.shapes[name] != tuple(param.shape):
+            found = "does not have it" if param is None else f"has {list(param.shape)}"
+            raise ValueError(
+                f"The mask {source!r} is for {name!r} of shape {list(masks.shapes[name])}, but the model {found}."
+            )
+        target = owner[id(param)]
+        if target in packed and not torch.equal(packed[target], masks.packed(name)):
+            raise ValueError(f"The mask {source!r} has different masks for {name!r} and {target!r}, which are tied.")
+        packed[target], shapes[target] = masks.packed(name), masks.shapes[name]
+    missing = [name for name in owner.values() if name not in packed]
+    if missing:
+        raise ValueError(f"The mask {source!r} lacks {len(missing)} parameters of the model, such as {missing[0]!r}.")
+    if not masks.active_parameters:
+        raise ValueError(f"The mask {source!r} has no active entry: nothing would train.")
+    return so.MaskSet(packed, shapes, masks.metadata)
+
+
+def _build_sparse(arm: Arm, model: nn.Module, masks: so.MaskSet, master: str, lr: float) -> Built:
     for name, param in model.named_parameters():
         # As attach() does: where nothing is active, backward is spared the weight gradient.
         param.requires_grad_(name in masks and masks.count(name) > 0)
@@ -256,9 +230,10 @@ def _build_sparse(arm: Arm, model: nn.Module, master: str, lr: float, seed: int)
     matrices = [name for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1]
     if not matrices:
         raise ValueError(f"{arm.name} has no active entry in any matrix of this model: use a higher density.")
-    middle = matrices[len(matrices) // 2]
-    param = model.get_parameter(middle)
-    probes = [Probe(param, param.detach().flatten().cpu().clone(), masks[middle].flatten())]
+    # The most active entries: where a mask is uneven, some of these will see a gradient.
+    watched = max(matrices, key=masks.count)
+    param = model.get_parameter(watched)
+    probes = [Probe(param, param.detach().flatten().cpu().clone(), masks[watched].flatten())]
     if frozen is not None:
         part = frozen.detach().flatten()[: 1 << 20].cpu().clone()
         probes.append(Probe(frozen, part, torch.zeros(part.numel(), dtype=torch.bool)))
@@ -280,7 +255,7 @@ def check_small(arm: Arm, model: nn.Module, workload: str, *, compiled: bool, ma
     Args:
         arm: a sparse arm.
         model: small, with random weights.
-        workload: as in :func:`make_loss`.
+        workload: as in :func:`~sparseopt.benchmarks.train_work.make_loss`.
         compiled: compile its layers.
         master: as in :func:`build`.
 

@@ -10,6 +10,8 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,18 @@ import torch
 import sparseopt
 from sparseopt._files import FormatError, atomic_path, atomic_write
 
-__all__ = ["commit", "environment", "markdown", "picture", "quantiles", "slug", "store", "suite"]
+__all__ = [
+    "commit",
+    "environment",
+    "markdown",
+    "picture",
+    "quantiles",
+    "slug",
+    "store",
+    "suite",
+    "timing_info",
+    "write_run",
+]
 
 PHASES = ("forward", "backward", "optimizer")
 # Least ratios, on an H100, of the 2.5% element-wise arm at Llama-3.2-3B's and Llama-3.1-8B's shapes:
@@ -83,13 +96,19 @@ def commit() -> str:
     return f"{head} with changes" if git("status", "--porcelain", "--untracked-files=no") else head
 
 
-def suite(arms: Mapping[str, Any], settings: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+def suite(
+    arms: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any],
+    rows: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """One entry of a result file, as :mod:`sparseopt.benchmarks.report` shows it: a case for each sparse arm.
 
     Args:
         arms: name -> what was measured, ``{"unavailable": why}`` for an arm that did not run.
         settings: what was asked for.
         about: ``date``, ``commit``, ``command``, ``environment``.
+        rows: facts on real rows: ``data`` and ``generation``.
 
     Returns:
         ``about``, ``cases``, and ``train_step``: the settings, and everything measured of every arm. Each case's own
@@ -118,7 +137,7 @@ def suite(arms: Mapping[str, Any], settings: Mapping[str, Any], about: Mapping[s
         **about,
         "environment": {**about["environment"], **missing},
         "cases": cases,
-        "train_step": {"settings": dict(settings), "arms": dict(arms)},
+        "train_step": {"settings": dict(settings), **(rows or {}), "arms": dict(arms)},
     }
 
 
@@ -171,7 +190,7 @@ def markdown(entry: Mapping[str, Any], name: str) -> str:
     arms, settings = entry["train_step"]["arms"], entry["train_step"]["settings"]
     dense = arms.get("dense-fused", {}).get("total", {}).get("median")
     where = ", ".join(f"{key} {value}" for key, value in entry["environment"].items() if key not in arms)
-    head = ["arm", "step ms", "against dense-fused", *(f"{p} ms" for p in PHASES), "peak allocated", "peak reserved",
+    head = ["arm", "step ms", "against dense-fused", "tokens/s", *(f"{p} ms" for p in PHASES), "peak allocated", "peak reserved",
             "optimizer state", "gradients", "trained"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for arm, values in arms.items():
@@ -183,7 +202,8 @@ def markdown(entry: Mapping[str, Any], name: str) -> str:
         ratio = f"**{dense / total['median']:.3g}x**" if dense else "-"
         phases = [f"{values['phases'][p]['median']:.4g}" for p in PHASES]
         sizes = [_size(values[f"{key}_bytes"]) for key in ("peak_allocated", "peak_reserved", "state", "gradient")]
-        lines.append([arm, span, ratio, *phases, *sizes, f"{values['trained']:,}"])
+        speed = f"{values['tokens_per_second']:,.4g}" if "tokens_per_second" in values else "-"
+        lines.append([arm, span, ratio, speed, *phases, *sizes, f"{values['trained']:,}"])
     notes = [f"{entry['date']}, commit `{entry['commit']}`, {where}; `{entry['command']}`", settings["note"]]
     rounds = [values["rounds"] for values in arms.values() if "rounds" in values]
     if rounds:
@@ -191,10 +211,76 @@ def markdown(entry: Mapping[str, Any], name: str) -> str:
             f"Median (20%-80% quantiles) of {min(rounds)} steps in {settings['passes']} passes over all arms, after "
             f"{settings['warmup']} of warm-up in each; phases are medians of their own."
         )
+    notes += _facts(entry["train_step"], settings)
     if settings.get("interrupted"):
         notes.append("Interrupted: what had been measured by then.")
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"### {name}\n\n{' '.join(notes)}\n\n{table}\n"
+
+
+def _facts(step: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Sentences on real rows and on generation."""
+    notes = []
+    if data := step.get("data"):
+        count = f"{data['rows']}" if data["rows"] == data["subset"] else f"{data['rows']} of {data['subset']}"
+        tokens, cut = data["tokens"], f" ({data['cut']} cut to {settings['seq']} tokens)" if data["cut"] else ""
+        notes.append(
+            f"{count} rows of {settings['data']}{cut}: sequences of {tokens['min']} to {tokens['max']} tokens (median "
+            f"{tokens['median']}), padded to {data['padded_to']}; tokens/s are without padding."
+        )
+    if made := step.get("generation"):
+        notes.append(
+            f"{_generation(made)}, {made['tokens_per_second']:.4g} tokens/s, {made['tokens_per_completion']:.3g} tokens each; "
+            f"mean reward {made['mean_reward']:.3g}; rewards differed among the completions of "
+            f"{made['groups_with_gradient']:.0%} of the prompts, the others give no gradient."
+        )
+    return notes
+
+
+def _generation(made: Mapping[str, Any]) -> str:
+    span = made["step"]
+    return (
+        f"Generation of a step's {made['completions']} completions by the starting model, once and not part of the step: "
+        f"{span['median']:.4g} ms ({span['p20']:.4g}-{span['p80']:.4g})"
+    )
+
+
+def timing_info(entry: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """What ``timing_info.json`` holds: one run in one mode, flat, times in milliseconds, sizes in bytes.
+
+    Returns:
+        ``format``, ``version``, ``run``, ``date``, ``commit``, ``command``, ``device``, ``versions``, ``settings``, ``data``
+        and ``generation`` (None on random tokens), and ``arms``: name -> ``rounds``, ``total`` and ``phases`` (``median``,
+        ``p20``, ``p80``), ``tokens_per_second``, ``peak_allocated_bytes`` and ``peak_reserved_bytes`` (None on a CPU),
+        ``state_bytes``, ``gradient_bytes``, ``trained``, ``loss``, ``speedup_over_dense_fused`` (None without that arm); or
+        ``unavailable``.
+    """
+    step, versions = entry["train_step"], dict(entry["environment"])
+    device = {key: versions.pop(key) for key in ("device", "threads") if key in versions}
+    dense = step["arms"].get("dense-fused", {}).get("total", {}).get("median")
+    arms = {}
+    for name, values in step["arms"].items():
+        versions.pop(name, None)
+        arms[name] = dict(values)
+        if "total" in values:
+            arms[name]["speedup_over_dense_fused"] = dense and round(dense / values["total"]["median"], 4)
+    return {
+        "format": "sparseopt.timing", "version": 1, "run": run, **{key: entry[key] for key in ("date", "commit", "command")},
+        "device": device.pop("device"), **device, "versions": versions, "settings": step["settings"],
+        "data": step.get("data"), "generation": step.get("generation"), "arms": arms,
+    }  # fmt: skip
+
+
+def write_run(entry: Mapping[str, Any], name: str, folder: Path, run: str) -> None:
+    """Writes ``timing_info.json``, ``report.md`` and ``timing.png`` (with matplotlib), each in place of an earlier one."""
+    atomic_write(folder / "timing_info.json", json.dumps(timing_info(entry, run), indent=1, allow_nan=False) + "\n")
+    image = picture(entry, name, folder / "timing.png")
+    if not image:
+        (folder / "timing.png").unlink(missing_ok=True)  # an earlier run's
+    shown = "\n![Times of the phases](timing.png)\n" if image else ""
+    atomic_write(folder / "report.md", markdown(entry, name) + shown)
+    without = "" if image else " (no picture, because matplotlib is not installed)"
+    print(f"stored in {folder}{without}", file=sys.stderr)
 
 
 def picture(entry: Mapping[str, Any], name: str, path: Path) -> bool:
@@ -210,7 +296,12 @@ def picture(entry: Mapping[str, Any], name: str, path: Path) -> bool:
     arms = {arm: values for arm, values in entry["train_step"]["arms"].items() if "unavailable" not in values}
     left_out = [f"{arm}: {v['unavailable']}" for arm, v in entry["train_step"]["arms"].items() if "unavailable" in v]
     memory = any(values["peak_allocated_bytes"] for values in arms.values())
-    figure = Figure(figsize=(11 if memory else 7.5, 1.9 + 0.42 * max(len(arms), 2)), layout="constrained")
+    below = f"; not run: {', '.join(left_out)}" if left_out else ""
+    made = entry["train_step"].get("generation")
+    title = [name, f"{entry['environment']['device']}, {entry['date']}{below}", *([_generation(made)] if made else [])]
+    title = [line for text in title for line in textwrap.wrap(text, 130 if memory else 92)]
+    height = 1.55 + 0.17 * len(title) + 0.42 * max(len(arms), 2)
+    figure = Figure(figsize=(11 if memory else 7.5, height), layout="constrained")
     axes = figure.subplots(1, 2 if memory else 1, sharey=True, squeeze=False, width_ratios=[3, 2] if memory else None)[
         0
     ]
@@ -233,8 +324,7 @@ def picture(entry: Mapping[str, Any], name: str, path: Path) -> bool:
             axes[1].barh(rows, widths, color=colour, label=key.split("_")[1])
         axes[1].set_xlabel("peak memory, GiB")
         axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.9 / (1 + len(arms))), ncols=2, frameon=False)
-    below = f"; not run: {', '.join(left_out)}" if left_out else ""
-    figure.suptitle(f"{name}\n{entry['environment']['device']}, {entry['date']}{below}", fontsize=10)
+    figure.suptitle("\n".join(title), fontsize=10 if memory else 9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     return True

@@ -18,15 +18,19 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparseopt.benchmarks import train_arms, train_results
+import sparseopt as so
+from sparseopt.benchmarks import train_arms, train_results, train_work
 from sparseopt.benchmarks.train_arms import Built, CheckError, Unavailable
-from sparseopt.benchmarks.train_settings import Arm, Settings, parse
+from sparseopt.benchmarks.train_data import Work, prepare
+from sparseopt.benchmarks.train_settings import MASK_ARM, Arm, Settings, parse
+from sparseopt.benchmarks.train_weights import make_model, without_dropout
 from sparseopt.progress import Progress, announce_device
 from sparseopt.shapes import build_shape
 
@@ -83,47 +87,61 @@ def _step(built: Built, losses: list[Callable[[], Tensor]], device: torch.device
     return {"forward": sum(micro[::2]), "backward": sum(micro[1::2]), "optimizer": optimizer, "total": total}, last
 
 
+@dataclass(frozen=True)
+class Given:
+    """What all arms share: real rows, and the masks of ``sparse@mask``; None where there are none."""
+
+    work: Work | None = None
+    masks: so.MaskSet | None = None
+
+
 def measure(
-    arm: Arm, settings: Settings, mode: str, rounds: int, device: torch.device, progress: Progress
+    arm: Arm, settings: Settings, mode: str, steps: range, device: torch.device, progress: Progress, given: Given
 ) -> dict[str, Any]:
-    """Builds an arm, warms it up and times ``rounds`` steps.
+    """Builds an arm, warms it up and times ``steps``; warm-up takes the rows of the steps before them.
 
     Returns:
         ``times`` (a list of milliseconds for each phase and ``total``), ``allocated_before_bytes`` (what other arms left:
         next to nothing), ``peak_allocated_bytes`` and ``peak_reserved_bytes`` (None on a CPU), ``state_bytes``,
-        ``gradient_bytes``, ``trained``, ``loss``.
+        ``gradient_bytes``, ``trained``, ``loss``, ``tokens`` (of the timed steps, without padding).
 
     Raises:
-        CheckError: the loss is not finite, or a frozen entry moved.
+        CheckError: the loss is not finite, the first one is not that of an untrained policy, or a frozen entry moved.
         Unavailable: the arm's package is missing.
         torch.OutOfMemoryError: as it says.
     """
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else None
     model = make_model(settings, device)
-    built = train_arms.build(arm, model, master=settings.master)
+    work = given.work
+    if work is not None:
+        without_dropout(model)
+    masks = given.masks if arm.name == MASK_ARM else None
+    built = train_arms.build(arm, model, master=settings.master, masks=masks)
     if settings.gradient_checkpointing:
         _checkpoint(model)
     built.model.train()
-    losses = train_arms.make_loss(settings.workload, built.model, settings.batch, settings.seq, settings.accumulation)
+    losses = _losses(settings, built.model, work)
     if mode == "compiled":  # from here on: the reference of DPO needs no graph of its own
         train_arms.compile_layers(model)
     for number in range(settings.warmup):
         if number == 1:
             # What set-up, compilation and the first allocation of the state left behind is not the step's memory.
             _release(device)
-        _step(built, losses, device)
+        _, loss = _step(built, losses(steps.start - settings.warmup + number), device)
+        if number == 0 and work is not None and mode == "eager":  # compiled code rounds in other places
+            _first(arm, work, loss)
         progress.update(arm=arm.name, phase="warm-up")
-    gradient_bytes = _gradient_bytes(built, losses)
+    gradient_bytes = _gradient_bytes(built, losses(steps.start - 1))
     _synchronize(device)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     times: dict[str, list[float]] = {phase: [] for phase in (*train_results.PHASES, "total")}
     seen = []
-    for _ in range(rounds):
-        step, loss = _step(built, losses, device)
+    for step in steps:
+        spent, loss = _step(built, losses(step), device)
         seen.append(loss)
-        for phase, value in step.items():
+        for phase, value in spent.items():
             times[phase].append(value)
         progress.update(arm=arm.name, phase="timed")
     peaks = (torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)) if cuda else (None, None)
@@ -131,14 +149,36 @@ def measure(
     if not all(math.isfinite(float(loss)) for loss in seen):
         raise CheckError(f"{arm.name}: the loss is not finite")
     try:
-        built.check()
+        # Equal rewards within every group give no gradient, and nothing to see.
+        built.check(moves=work is None or work.moves(range(steps.start - settings.warmup, steps.stop)))
     except CheckError as error:
         raise CheckError(f"{arm.name}: {error}") from error
     return {
         "times": times, "allocated_before_bytes": before, "peak_allocated_bytes": peaks[0],
         "peak_reserved_bytes": peaks[1], "loss": final, "state_bytes": built.state_bytes(),
         "gradient_bytes": gradient_bytes, "trained": built.trained,
+        "tokens": sum(_tokens(settings) if work is None else work.tokens(step) for step in steps),
     }  # fmt: skip
+
+
+def _losses(settings: Settings, model: nn.Module, work: Work | None) -> Callable[[int], list[Callable[[], Tensor]]]:
+    """Step -> the loss of each of its micro-batches."""
+    if work is not None:
+        return lambda step: work.losses(model, step)
+    same = train_work.make_loss(settings.workload, model, settings.batch, settings.seq, settings.accumulation)
+    return lambda step: same
+
+
+def _tokens(settings: Settings) -> int:
+    """Of a step of random tokens."""
+    return settings.batch * settings.seq * settings.accumulation * (2 if settings.workload == "dpo" else 1)
+
+
+def _first(arm: Arm, work: Work, loss: Tensor) -> None:
+    try:
+        work.check_first(loss)
+    except CheckError as error:
+        raise CheckError(f"{arm.name}: {error}") from error
 
 
 def _checkpoint(model: Any) -> None:
@@ -163,28 +203,33 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def make_model(settings: Settings, device: torch.device) -> nn.Module:
-    """A fresh model, the same at every call."""
-    if settings.shape:
-        return build_shape(settings.shape, device=device, dtype=getattr(torch, settings.dtype))
-    from sparseopt.models import load_model
-
-    assert settings.model is not None
-    return load_model(settings.model, dtype=settings.dtype, device=device)
-
-
-def _check(settings: Settings, mode: str, device: torch.device) -> None:
+def _check(settings: Settings, mode: str, device: torch.device, masks: so.MaskSet | None) -> None:
+    """Sparse arms on a small model; a mask file has no place there: a random mask of its density stands in for it."""
     for arm in settings.arms:
         if arm.sparse:
             small = build_shape("tiny", device=device, dtype=getattr(torch, settings.dtype))
-            train_arms.check_small(arm, small, settings.workload, compiled=mode == "compiled", master=settings.master)
+            stand_in = arm if arm.density is not None else Arm(arm.name, max(0.01, masks.density if masks else 1.0))
+            compiled = mode == "compiled"
+            train_arms.check_small(stand_in, small, settings.workload, compiled=compiled, master=settings.master)
+
+
+def _prepare(settings: Settings, device: torch.device, masks: so.MaskSet | None) -> Given:
+    """Real rows and fitted masks, before anything is timed."""
+    if settings.data is None and masks is None:
+        return Given()
+    model = make_model(settings, device)
+    if masks is not None:
+        assert settings.mask is not None
+        masks = train_arms.fit_masks(model, masks, settings.mask)
+    work = prepare(settings, model, device, fixed="compiled" in settings.modes) if settings.data else None
+    return Given(work, masks)
 
 
 def run(settings: Settings, commit: str | None = None) -> tuple[dict[str, dict[str, Any]], bool]:
     """Checks and measures everything.
 
     Returns:
-        (suite name -> suite, whether Ctrl-C ended it early: then the suites hold what had been measured by then).
+        (mode -> suite, whether Ctrl-C ended it early: then the suites hold what had been measured by then).
 
     Raises:
         CheckError: a result is wrong; there is no speed.
@@ -192,11 +237,16 @@ def run(settings: Settings, commit: str | None = None) -> tuple[dict[str, dict[s
     device = announce_device(settings.device)
     suites: dict[str, dict[str, Any]] = {}
     interrupted = False
+    masks = so.MaskSet.load(settings.mask) if settings.mask else None
+    given: Given | None = None
     for mode in settings.modes:
-        _check(settings, mode, device)
+        _check(settings, mode, device, masks)
+        if given is None:
+            given = _prepare(settings, device, masks)
+            _release(device)
         arms: dict[str, dict[str, Any]] = {}
         try:
-            _passes(settings, mode, device, arms)
+            _passes(settings, mode, device, arms, given)
         except KeyboardInterrupt:
             interrupted = True
         if not any("times" in arm for arm in arms.values()) and interrupted:
@@ -209,27 +259,31 @@ def run(settings: Settings, commit: str | None = None) -> tuple[dict[str, dict[s
         }
         record = settings.record(mode) | ({"interrupted": True} if interrupted else {})
         finished = {arm: _summary(values) for arm, values in arms.items()}
-        suites[settings.name(mode)] = train_results.suite(finished, record, about)
+        work = given.work
+        rows = {} if work is None else {"data": work.about, "generation": work.generation}
+        suites[mode] = train_results.suite(finished, record, about, rows)
         if interrupted:
             break
     return suites, interrupted
 
 
-def _passes(settings: Settings, mode: str, device: torch.device, arms: dict[str, dict[str, Any]]) -> None:
+def _passes(settings: Settings, mode: str, device: torch.device, arms: dict[str, dict[str, Any]], given: Given) -> None:
     """Measures all arms in turns; ``arms`` is filled as it goes, so that an interrupted run has what was finished."""
     split = [
         settings.rounds // settings.passes + (i < settings.rounds % settings.passes) for i in range(settings.passes)
     ]
     steps = len(settings.arms) * (settings.passes * settings.warmup + settings.rounds)
     with Progress(f"{settings.workload} {mode}", steps) as progress:
-        for rounds in split:
+        for number, rounds in enumerate(split):
+            first = sum(split[:number])
             for arm in settings.arms:
                 if "unavailable" in arms.get(arm.name, {}):
                     progress.update(settings.warmup + rounds)
                     continue
                 why = None
                 try:
-                    _merge(arms, arm.name, measure(arm, settings, mode, rounds, device, progress))
+                    timed = range(first, first + rounds)
+                    _merge(arms, arm.name, measure(arm, settings, mode, timed, device, progress, given))
                 except torch.OutOfMemoryError:
                     why = "out of memory"
                 except Unavailable as error:
@@ -243,11 +297,12 @@ def _passes(settings: Settings, mode: str, device: torch.device, arms: dict[str,
 
 
 def _merge(arms: dict[str, dict[str, Any]], name: str, found: dict[str, Any]) -> None:
-    """Adds one pass of an arm to its earlier ones: all times, the largest peaks."""
+    """Adds one pass of an arm to its earlier ones: all times and tokens, the largest peaks."""
     if name in arms:
         earlier = arms[name]
         for phase, values in earlier["times"].items():
             found["times"][phase] = values + found["times"][phase]
+        found["tokens"] += earlier["tokens"]
         for key in ("peak_allocated_bytes", "peak_reserved_bytes"):
             found[key] = None if found[key] is None else max(found[key], earlier[key])
     arms[name] = found
@@ -257,7 +312,8 @@ def _summary(arm: dict[str, Any]) -> dict[str, Any]:
     if "unavailable" in arm:
         return arm
     spans = {phase: train_results.quantiles(values) for phase, values in arm["times"].items()}
-    rest = {key: value for key, value in arm.items() if key != "times"}
+    rest = {key: value for key, value in arm.items() if key not in ("times", "tokens")}
+    rest["tokens_per_second"] = round(1e3 * arm["tokens"] / sum(arm["times"]["total"]), 2)
     return {"rounds": len(arm["times"]["total"]), "total": spans.pop("total"), "phases": spans, **rest}
 
 
@@ -267,13 +323,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     settings, options = parse(arguments, prog)
     try:
         suites, interrupted = run(settings, options.commit)
-        for name, entry in suites.items():
+        named = {settings.name(mode): entry for mode, entry in suites.items()}
+        for (name, entry), mode in zip(named.items(), suites, strict=True):
             if options.output:
                 _write(entry, name, options.output)
+            if settings.results:
+                run_name = settings.run_name(mode)
+                train_results.write_run(entry, name, Path(settings.results) / run_name, run_name)
             if not options.json:
                 print(train_results.markdown(entry, name), flush=True)
         if options.json:
-            print(json.dumps(suites, indent=1, allow_nan=False))
+            print(json.dumps(named, indent=1, allow_nan=False))
     except CheckError as error:
         if options.debug:
             raise

@@ -13,6 +13,8 @@ from sparseopt._version import __version__
 
 if TYPE_CHECKING:
     from sparseopt.deltas.delta import Delta as Delta
+    from sparseopt.deltas.log import DeltaLog as DeltaLog
+    from sparseopt.deltas.reconstruct import reconstruct as reconstruct
     from sparseopt.functional import mask_indices as mask_indices
     from sparseopt.functional import mask_overlap as mask_overlap
     from sparseopt.functional import pack_mask as pack_mask
@@ -23,14 +25,15 @@ if TYPE_CHECKING:
     from sparseopt.masks.operations import compare as compare
     from sparseopt.masks.operations import merge as merge
     from sparseopt.optim.sparse_adamw import SparseAdamW as SparseAdamW
-    from sparseopt.trainers.attach import attach as attach
+    from sparseopt.trainers.attachment import attach as attach
 
 # public name -> module that defines it
 _PUBLIC = {
     "Delta": "sparseopt.deltas.delta",
+    "DeltaLog": "sparseopt.deltas.log",
     "MaskSet": "sparseopt.masks.maskset",
     "SparseAdamW": "sparseopt.optim.sparse_adamw",
-    "attach": "sparseopt.trainers.attach",
+    "attach": "sparseopt.trainers.attachment",
     "compare": "sparseopt.masks.operations",
     "find_masks": "sparseopt.masks.find",
     "mask_indices": "sparseopt.functional",
@@ -38,6 +41,7 @@ _PUBLIC = {
     "merge": "sparseopt.masks.operations",
     "pack_mask": "sparseopt.functional",
     "popcount": "sparseopt.functional",
+    "reconstruct": "sparseopt.deltas.reconstruct",
     "unpack_mask": "sparseopt.functional",
 }
 

@@ -15,6 +15,7 @@ Terms used by all ops:
   then move whole runs at once.
 * ``hyper`` is ``float64[G, 8]``: ``lr, beta1, beta2, eps, weight_decay, maximize, correct_bias, amsgrad`` (the last
   three 0 or 1) per parameter group; ``groups`` is ``int32[T]``, the row of each tensor.
+* ``values`` of ``scatter_values_`` is ``[N]`` in the parameters' dtype.
 * An empty tensor in ``params`` or ``grads`` stands for "no gradient this time": its entries and step are left alone.
 """
 
@@ -55,6 +56,7 @@ OPS = {
         "(Tensor squares, float max_norm, Tensor? inverse_scale, Tensor? found_inf, Tensor(a!) norm, "
         "Tensor(b!) multiplier, Tensor(c!) skip) -> ()"
     ),
+    "scatter_values_": "(Tensor(a!)[] params, Tensor values, Tensor indices, Tensor chunks, int run) -> ()",
     "sparse_adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor? compact_grad, Tensor indices, Tensor chunks, Tensor groups, "
         "Tensor hyper, Tensor(b!) steps, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)? max_exp_avg_sq, "
@@ -112,6 +114,11 @@ def _(
     squares: Tensor, max_norm: float, inverse_scale: Tensor | None, found_inf: Tensor | None, norm: Tensor,
     multiplier: Tensor, skip: Tensor,
 ) -> None:  # fmt: skip
+    return None
+
+
+@_fake("scatter_values_")
+def _(params: Sequence[Tensor], values: Tensor, indices: Tensor, chunks: Tensor, run: int) -> None:
     return None
 
 

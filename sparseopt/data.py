@@ -1,4 +1,6 @@
-"""Preference pairs and verifiable prompts: from reasoning-gym, local files (JSONL, Parquet, CSV), or the Hub.
+"""Preference pairs, verifiable prompts and examples: from reasoning-gym, local files (JSONL, Parquet, CSV), or the Hub.
+
+Column layouts of files and of the Hub, ``Light-R1`` and ``OpenR1`` among them, are described in :mod:`sparseopt.columns`.
 
 reasoning-gym makes tasks with a scorer from a seed, without a network. For DPO, chosen is the task's own answer and
 rejected a near miss of the same shape: two neighbours of a list swapped, a number off by a little, another weekday.
@@ -7,13 +9,15 @@ rejected a near miss of the same shape: two neighbours of a list swapped, a numb
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from sparseopt.columns import MATH_SYSTEM, first_rows, load_table, preference_columns, prompt_columns, sft_columns
+from sparseopt.rewards import extract_answer, verifiable_reward
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,6 +27,7 @@ __all__ = [
     "extract_answer",
     "load_preference_dataset",
     "load_prompt_dataset",
+    "load_sft_dataset",
     "near_miss",
     "preference_pairs",
     "score",
@@ -31,7 +36,6 @@ __all__ = [
 ]
 
 _GYM = "reasoning_gym:"
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _OPPOSITES = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 # Questions drawn per one that is wanted, before a task counts as exhausted (small tasks repeat themselves).
@@ -155,26 +159,26 @@ def to_dataset(pairs: Sequence[dict[str, Any]]) -> Dataset:
 def load_preference_dataset(
     source: str, split: str = "train", *, size: int | None = None, seed: int = 0, **options: Any
 ) -> Dataset:
-    """Loads preference pairs with the columns prompt, chosen, rejected.
+    """Loads preference pairs with the columns prompt, chosen, rejected: messages, or texts where all three are texts.
 
     Args:
-        source: a .jsonl, .json, .parquet or .csv file, ``reasoning_gym:TASK``, or the name of a Hub dataset.
+        source: a .jsonl, .json, .parquet or .csv file, ``reasoning_gym:TASK``, ``Light-R1``, or the name of a Hub dataset.
         split: of a Hub dataset; for reasoning-gym "train" or "test", which share no prompt.
-        size: number of rows; needed for reasoning-gym, else all rows.
+        size: number of rows, the first ones; needed for reasoning-gym, else all rows.
         seed: of reasoning-gym.
         options: for reasoning-gym, as in :func:`preference_pairs`.
 
     Raises:
         FileNotFoundError: no such file or dataset, or the Hub cannot be reached.
         FormatError: the file cannot be parsed.
-        ValueError: columns are missing, or the options make no sense.
+        ValueError: columns are missing, there are no or too few rows, a row is empty, or the options make no sense.
     """
     if source.startswith(_GYM):
         task = source.removeprefix(_GYM)
         return to_dataset(preference_pairs(task, _gym_size(source, size), seed, split, **options))
     if options:
         raise ValueError(f"Options {sorted(options)} are for reasoning_gym sources, not for {source!r}.")
-    return _first_rows(_load_table(source, split, ("prompt", "chosen", "rejected")), size)
+    return preference_columns(first_rows(load_table(source, split, "preference"), size), source)
 
 
 def load_prompt_dataset(
@@ -188,11 +192,16 @@ def load_prompt_dataset(
 ) -> Dataset:
     """Loads prompts with verifiable answers for GRPO: the columns prompt, answer, and from reasoning-gym also entry.
 
-    Arguments and errors as in :func:`load_preference_dataset`; ``entry`` is JSON text that :func:`verifiable_reward`
-    reads.
+    Arguments and errors as in :func:`load_preference_dataset` (the alias is ``OpenR1``); ``entry`` is JSON text that
+    :func:`verifiable_reward` reads. Of tables, ``style`` gives the system message before a question (a column
+    ``question`` or ``problem``), by default that the final answer belongs into ``\\boxed{}``; plain columns, such as
+    ``source``, stay, for reward functions. Rows of OpenR1 without a verifiable answer are left out, with a warning.
     """
     if not source.startswith(_GYM):
-        return _first_rows(_load_table(source, split, ("prompt", "answer")), size)
+        if task_config:
+            raise ValueError(f"Options ['task_config'] are for reasoning_gym sources, not for {source!r}.")
+        system = MATH_SYSTEM if style is None else style.system
+        return prompt_columns(load_table(source, split, "prompt"), source, size, system)
     from datasets import Dataset
 
     task, count = source.removeprefix(_GYM), _gym_size(source, size)
@@ -205,38 +214,31 @@ def load_prompt_dataset(
     return Dataset.from_list(rows)
 
 
-def extract_answer(text: str) -> str:
-    """Returns the final answer in ``text``: the last <answer>...</answer> or \\boxed{...}, else all of it, stripped."""
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    boxed = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)
-    return (tagged or boxed or [text])[-1].strip()
+def load_sft_dataset(
+    source: str,
+    split: str = "train",
+    *,
+    size: int | None = None,
+    seed: int = 0,
+    task_config: dict[str, Any] | None = None,
+    style: PromptStyle | None = None,
+) -> Dataset:
+    """Loads examples to learn from: the column messages (a conversation that ends with an assistant), or prompt and
+    completion (messages, or texts where both are texts).
 
-
-def verifiable_reward(completions: Sequence[Any], answer: Sequence[str], **columns: Any) -> list[float]:
-    """Reward function for TRL's GRPOTrainer: the task's own score of each final answer.
-
-    Args:
-        completions: one text, or list of messages (the last one counts), per sample.
-        answer: the right answers.
-        columns: the dataset's other columns; where ``entry`` is among them its task scores, else an answer equal to the
-            right one (as numbers, where both are) gets 1.0.
-
-    Returns:
-        One reward per completion, 0.0 to 1.0.
+    Arguments and errors as in :func:`load_preference_dataset` (the aliases are ``OpenR1`` and ``Light-R1``). From
+    reasoning-gym the completion is the right answer.
     """
-    entries = columns.get("entry") or [None] * len(answer)
-    rewards = []
-    for completion, right, entry in zip(completions, answer, entries, strict=True):
-        said = extract_answer(completion if isinstance(completion, str) else completion[-1]["content"])
-        rewards.append(score(said, json.loads(entry)) if entry else float(_equal(said, str(right))))
-    return rewards
+    if source.startswith(_GYM):
+        from datasets import Dataset
 
-
-def _equal(said: str, right: str) -> bool:
-    try:
-        return float(said.replace(",", "")) == float(right.replace(",", ""))
-    except ValueError:
-        return said == right.strip()
+        prompts = load_prompt_dataset(source, split, size=size, seed=seed, task_config=task_config, style=style)
+        answers = ([{"role": "assistant", "content": answer}] for answer in prompts["answer"])
+        rows = zip(prompts["prompt"], answers, strict=True)
+        return Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in rows])
+    if task_config or style is not None:
+        raise ValueError(f"Options ['style', 'task_config'] are for reasoning_gym sources, not for {source!r}.")
+    return sft_columns(first_rows(load_table(source, split, "sft"), size), source)
 
 
 def _gym_size(source: str, size: int | None) -> int:
@@ -281,66 +283,3 @@ def _prompts(
         if (zlib.crc32(shown.encode()) % _HELD_OUT == 0) == (split == "test") and shown not in seen:
             seen.add(shown)
             yield prompt, entry
-
-
-def _first_rows(dataset: Dataset, size: int | None) -> Dataset:
-    if size is None:
-        return dataset
-    if size > len(dataset):
-        raise ValueError(f"The dataset has {len(dataset)} rows where {size} were asked for.")
-    return dataset.select(range(size))
-
-
-def _load_table(source: str, split: str, columns: tuple[str, ...]) -> Dataset:
-    """Loads a local file or Hub dataset and checks that ``columns`` are there."""
-    dataset = _load_file(source) if _is_file_name(source) else _load_hub(source, split)
-    missing = [name for name in columns if name not in dataset.column_names]
-    # TRL's implicit form: whole conversations in chosen and rejected, and the prompt is what they share.
-    if missing == ["prompt"] and "rejected" in columns and len(dataset) and isinstance(dataset[0]["chosen"], list):
-        missing = []
-    if missing:
-        raise ValueError(
-            f"Dataset {source!r} lacks the columns {', '.join(missing)}: expected {', '.join(columns)}, "
-            f"found {', '.join(dataset.column_names)}."
-        )
-    return dataset
-
-
-def _is_file_name(source: str) -> bool:
-    return os.path.exists(source) or os.path.splitext(source)[1].lower() in _FORMATS
-
-
-def _load_file(source: str) -> Dataset:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    from sparseopt._files import FormatError
-
-    kind = _FORMATS.get(os.path.splitext(source)[1].lower())
-    if kind is None or not os.path.isfile(source):
-        if not os.path.exists(source):
-            raise FileNotFoundError(f"Data file {source!r} does not exist.")
-        raise ValueError(f"Data file {source!r} is of no known kind: expected one of {', '.join(_FORMATS)}.")
-    try:
-        return load_dataset(kind, data_files=source, split="train")
-    except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
-        cause = error.__cause__ or error
-        raise FormatError(f"Data file {source!r} cannot be read as {kind}: {str(cause).splitlines()[0]}") from error
-
-
-def _load_hub(source: str, split: str) -> Dataset:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        return load_dataset(source, split=split)
-    except DatasetNotFoundError as error:
-        raise FileNotFoundError(
-            f"Dataset {source!r} is neither a local file nor on the Hugging Face Hub "
-            "(private ones need `hf auth login`)."
-        ) from error
-    except OSError as error:
-        raise FileNotFoundError(
-            f"Dataset {source!r} is neither a local file nor in the Hugging Face cache and the Hub cannot be reached: "
-            f"connect to a network or pass a local file ({', '.join(_FORMATS)})."
-        ) from error

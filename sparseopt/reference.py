@@ -22,6 +22,7 @@ __all__ = [
     "mask_overlap",
     "pack_mask",
     "popcount",
+    "scatter_values_",
     "sparse_adamw_",
     "split_master",
     "unpack_mask",
@@ -83,10 +84,13 @@ def split_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 # ---- gather and step -------------------------------------------------------------------------------------------------
-def arena_positions(indices: Tensor, chunks: Tensor) -> Tensor:
-    """Flat position within its tensor of each entry of consecutive ``chunks`` rows -> int64[sum of counts]."""
+def arena_positions(indices: Tensor, chunks: Tensor, total: int | None = None) -> Tensor:
+    """Flat position within its tensor of each entry of consecutive ``chunks`` rows -> int64[sum of counts].
+
+    Given ``total``, the sum of counts, the host does not wait for the device.
+    """
     base, count, index_start, shift = (chunks[:, c] for c in (1, 3, 4, 5))
-    row = torch.repeat_interleave(torch.arange(len(chunks), device=chunks.device), count)
+    row = torch.repeat_interleave(torch.arange(len(chunks), device=chunks.device), count, output_size=total)
     first = torch.cumsum(count, 0) - count
     within = torch.arange(row.numel(), device=chunks.device) - first[row]
     run = within >> shift[row]
@@ -142,6 +146,16 @@ def clip_coefficient_(
     norm.copy_(total * scale)
     multiplier.copy_((max_norm / (norm.double() + 1e-6)).clamp(max=1.0) * scale)
     skip.copy_(~torch.isfinite(norm) if found_inf is None else ~torch.isfinite(norm) | (found_inf != 0))
+
+
+@torch.no_grad()
+def scatter_values_(params: Sequence[Tensor], values: Tensor, indices: Tensor, chunks: Tensor, run: int = 1) -> None:
+    """params[tensor][position of the entry] = values[entry], bit by bit; the inverse of :func:`gather_grads_`."""
+    if any(param.numel() and param.dtype != values.dtype for param in params):
+        raise ValueError(f"values must have the parameters' dtype, got {values.dtype}.")
+    for tensor, rows, entries in _chunks_by_tensor(chunks):
+        if params[tensor].numel():
+            params[tensor].view(-1)[arena_positions(indices, rows)] = values[entries]
 
 
 @torch.no_grad()
@@ -240,5 +254,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mask_overlap": mask_overlap,
     "gather_grads_": gather_grads_,
     "clip_coefficient_": clip_coefficient_,
+    "scatter_values_": scatter_values_,
     "sparse_adamw_": sparse_adamw_,
 }

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparseopt.config import DPO, DPO_FLAGS, OverrideError, defaults, load
+from sparseopt.config import OverrideError, defaults, load
+from sparseopt.schemas import DPO, FLAGS, METHODS
 
 
 def write(path: Path, text: str) -> Path:
@@ -22,7 +23,8 @@ def test_defaults_are_valid_and_are_copies() -> None:
 
 
 def test_every_flag_names_a_setting() -> None:
-    assert all(key.split(".")[1] in DPO[key.split(".")[0]] for key in DPO_FLAGS.values())
+    for schema in METHODS.values():
+        assert all(key.split(".")[1] in schema[key.split(".")[0]] for key in FLAGS.values())
 
 
 @pytest.mark.parametrize(
@@ -113,3 +115,37 @@ def test_absent_file_and_empty_section(tmp_path: Path) -> None:
         load(DPO, tmp_path / "absent.yaml")
     assert load(DPO, write(tmp_path / "c.yaml", "training:\n  # n_steps: 3\n")) == defaults(DPO)
     assert load(DPO, write(tmp_path / "e.yaml", "")) == defaults(DPO)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("10:80:10", "10:80:10"),
+        ("10,20", "10,20"),
+        ("every:5", "every:5"),
+        ("12", "12"),
+        ("1:30", "1:30"),
+        ("none", "none"),
+    ],
+)
+def test_schedules_stay_text(tmp_path: Path, text: str, value: str) -> None:
+    """YAML 1.1 would read 10:80:10 as a number in base 60."""
+    path = write(tmp_path / "c.yaml", f"delta_log:\n  schedule: {text}\n")
+    assert load(DPO, path)["delta_log"]["schedule"] == value
+    assert load(DPO, None, [f"delta_log.schedule={text}"])["delta_log"]["schedule"] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("7", 7), ("-3", -3), ("1_000", 1000), ("0x10", 16), ("+4", 4), ("1.", 1.0), ("-1e3", -1000.0), (".5e-2", 0.005)],
+)
+def test_numbers(text: str, number: float) -> None:
+    value = load(DPO, None, [f"data.options.x={text}"])["data"]["options"]["x"]
+    assert value == number
+    assert type(value) is type(number)
+
+
+def test_a_key_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "training:\n  n_steps: 3\n  n_steps: 4\n")
+    with pytest.raises(ValueError, match="'n_steps' is there twice"):
+        load(DPO, path)

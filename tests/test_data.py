@@ -138,7 +138,7 @@ def test_conversations_in_a_file_with_and_without_prompt(tmp_path: Path) -> None
     source = _write(tmp_path / "pairs.jsonl", [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows])
     assert list(load_preference_dataset(source)) == list(to_dataset(rows))
     whole = [{k: r["prompt"] + r[k] for k in ("chosen", "rejected")} for r in rows]
-    assert load_preference_dataset(_write(tmp_path / "whole.jsonl", whole)).column_names == ["chosen", "rejected"]
+    assert list(load_preference_dataset(_write(tmp_path / "whole.jsonl", whole))) == list(to_dataset(rows))
 
 
 def test_file_errors(tmp_path: Path) -> None:

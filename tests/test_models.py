@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 import threading
@@ -24,10 +25,31 @@ from sparseopt import models
         ("meta-llama/Llama-3.1-8B", "meta_llama_llama_3_1_8b"),
         ("smollm2", "smollm2"),
         ("-a--b-", "a_b"),
+        ("../../etc/passwd", "etc_passwd"),
+        ("/absolute/no-such-model", "absolute_no_such_model"),
+        ("C:\\models\\x", "c_models_x"),
+        ("org/a\0b\n", "org_a_b"),
+        ("org/modèle", "org_mod_le"),
     ],
 )
 def test_sanitize_name(name: str, expected: str) -> None:
     assert models.sanitize_name(name) == expected
+
+
+def test_sanitize_name_of_long_and_foreign_names_is_short_plain_and_distinct() -> None:
+    names = [
+        "x" * 5000,
+        "x" * 5001,
+        "模型",
+        "模型二",
+        "org/" + "a-" * 300 + "1",
+        "org/" + "a-" * 300 + "2",
+        "\udc80x" * 200,
+    ]
+    slugs = [models.sanitize_name(name) for name in names]
+    assert len(set(slugs)) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9_]{0,99}", slug) for slug in slugs)
+    assert models.sanitize_name("x" * 100) == "x" * 100
 
 
 def test_sanitize_name_of_a_folder_and_of_nothing(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def stored_steps() -> list[tuple[str, dict, str, dict]]:
     folder = Path(__file__).parent.parent / "benchmarks" / "results"
     found = []
     for path in sorted(folder.glob("*.json")):
-        for name, suite in json.loads(path.read_text())["suites"].items():
+        for name, suite in json.loads(path.read_text()).get("suites", {}).items():
             step = suite.get("train_step", {"arms": {}})
             for arm, measured in step["arms"].items():
                 if step["settings"]["mode"] == "eager" and step["settings"]["shape"] and "/" not in arm:

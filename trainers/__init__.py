@@ -7,15 +7,21 @@ if __name__ != "sparseopt.trainers":
     raise ImportError("This folder installs as `sparseopt.trainers`; import it under that name (pip install first).")
 
 if TYPE_CHECKING:
-    from sparseopt.trainers.attach import attach as attach
-    from sparseopt.trainers.attach import sparse_optimizer as sparse_optimizer
+    from sparseopt.trainers.attachment import attach as attach
+    from sparseopt.trainers.attachment import sparse_optimizer as sparse_optimizer
+    from sparseopt.trainers.delta_logger import DeltaLogger as DeltaLogger
+    from sparseopt.trainers.delta_logger import parse_schedule as parse_schedule
+    from sparseopt.trainers.reference import share_reference as share_reference
     from sparseopt.trainers.scoring import gradient_scores as gradient_scores
 
 # public name -> module; loaded on first use, since each brings transformers
 _PUBLIC = {
-    "attach": "sparseopt.trainers.attach",
+    "DeltaLogger": "sparseopt.trainers.delta_logger",
+    "attach": "sparseopt.trainers.attachment",
     "gradient_scores": "sparseopt.trainers.scoring",
-    "sparse_optimizer": "sparseopt.trainers.attach",
+    "parse_schedule": "sparseopt.trainers.delta_logger",
+    "share_reference": "sparseopt.trainers.reference",
+    "sparse_optimizer": "sparseopt.trainers.attachment",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -7,20 +7,26 @@ import math
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparseopt._files import atomic_write
 from sparseopt.progress import Progress
 
-__all__ = ["InterruptGuard", "MetricsFile", "TrainProgress"]
+__all__ = ["InterruptGuard", "MetricsFile", "StepTimer", "TrainProgress"]
 
 
 # logged key -> label beside the bar
-SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "grad_norm": "norm"}
+SHOWN = {
+    "loss": "loss", "reward": "reward", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
+    "mean_token_accuracy": "accuracy", "grad_norm": "norm",
+}  # fmt: skip
 
 
 class TrainProgress(TrainerCallback):
@@ -122,3 +128,78 @@ class InterruptGuard(TrainerCallback):
         elif self.interrupted:
             control.should_training_stop = True
             control.should_save = True
+
+
+class StepTimer(TrainerCallback):
+    """Times steps, and the optimizer's part of them, into ``timing_info.json``; the first steps are left out.
+
+    On a GPU times are read from events after training: nothing waits for the device in between.
+    """
+
+    WARM_UP = 2  # steps: allocations, compilation, caches
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._marks: list[tuple[Any, Any, Any, Any]] = []  # begin, before and after the optimizer, end of each step
+        self._open: list[Any] = []
+        self._cuda = False
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1000 if self._cuda else end - start
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._cuda = args.device.type == "cuda"
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(args.device)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._open = [self._mark()]
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                              **kw: Any) -> None:  # fmt: skip
+        self._open.append(self._mark())
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                          **kw: Any) -> None:  # fmt: skip
+        self._open.append(self._mark())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if len(self._open) == 3:
+            begin, before, after = self._open
+            self._marks.append((begin, before, after, self._mark()))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if self._cuda:
+            torch.cuda.synchronize(args.device)
+        whole = [self._seconds(mark[0], mark[3]) for mark in self._marks]
+        optimizer = [self._seconds(mark[1], mark[2]) for mark in self._marks]
+        skipped = self.WARM_UP if len(whole) > self.WARM_UP else 0
+        self._info: dict[str, Any] = {
+            "device": torch.cuda.get_device_name(args.device) if self._cuda else "cpu",
+            "timed_steps": len(whole) - skipped,
+            "warm_up_steps": skipped,
+            "step_seconds": _quantiles(whole[skipped:]),
+            "optimizer_seconds": _quantiles(optimizer[skipped:]),
+            "all_step_seconds": [round(seconds, 6) for seconds in whole],
+        }
+        if self._cuda:
+            self._info["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(args.device)
+        atomic_write(self._path, json.dumps(self._info, indent=2))
+
+    def summary(self) -> dict[str, Any]:
+        """``step_seconds`` and ``optimizer_seconds``: median, p20 and p80 of the steps of this process."""
+        return {key: self._info[key] for key in ("step_seconds", "optimizer_seconds")}
+
+
+def _quantiles(seconds: list[float]) -> dict[str, float] | None:
+    if not seconds:
+        return None
+    low, median, high = np.quantile(seconds, (0.2, 0.5, 0.8))
+    return {"median": round(float(median), 6), "p20": round(float(low), 6), "p80": round(float(high), 6)}

@@ -15,7 +15,11 @@ __all__ = ["RunFolder"]
 Config = dict[str, dict[str, Any]]
 
 # Left by a run that ended before its first checkpoint: a new run in the same folder makes its own.
-_LEFTOVERS = ("before.json", "mask.safetensors", "metrics.jsonl", "training.json", "trained_entries.safetensors")
+_LEFTOVERS = (
+    "before.json", "mask.safetensors", "metrics.jsonl", "completions.jsonl", "timing_info.json", "training.json",
+    "trained_entries.safetensors",
+)  # fmt: skip
+_LEFTOVER_FOLDERS = ("model", "adapter")
 
 
 class RunFolder:
@@ -24,7 +28,7 @@ class RunFolder:
     Attributes:
         path: the folder; made by :meth:`begin`.
         checkpoint: the newest whole checkpoint to continue from, or None.
-        trained: training was completed earlier; ``trained_entries.safetensors`` holds its outcome.
+        trained: training was completed earlier; its outcome is in the folder.
     """
 
     def __init__(self, path: Path, config: Config) -> None:
@@ -41,7 +45,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise ValueError(f"output.dir must be a folder, but {str(path)!r} is a file.")
         finished, newest = (path / "results.json").is_file(), _newest_checkpoint(path)
-        trained = (path / "trained_entries.safetensors").is_file()
+        trained = (path / "training.json").is_file()
         if not config["training"]["resume"]:
             if finished or trained or newest is not None:
                 what = "a finished run" if finished else "an unfinished run"
@@ -69,14 +73,21 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for name in _LEFTOVERS:
             (self.path / name).unlink(missing_ok=True)
+        for name in _LEFTOVER_FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
         for step in _checkpoints(self.path):
             shutil.rmtree(self.path / f"checkpoint-{step}")
         atomic_write(self.record, json.dumps(self._settings, indent=2))
 
-    def drop_checkpoints(self) -> None:
-        """Removes checkpoints, once the trained entries are kept: they hold all that the checkpoints were for."""
-        for step in _checkpoints(self.path):
+    def drop_checkpoints(self, keep: int = 0) -> None:
+        """Removes all but the newest ``keep`` checkpoints (-1: none) of a finished run, whose outcome is kept apart."""
+        steps = _checkpoints(self.path)
+        for step in steps[: len(steps) - keep] if keep >= 0 else ():
             shutil.rmtree(self.path / f"checkpoint-{step}")
+
+    def drop_outcome(self) -> None:
+        """Removes the trained model of a full training that was told not to save it."""
+        shutil.rmtree(self.path / "model", ignore_errors=True)
 
 
 def _comparable(config: Config) -> Config:
@@ -84,6 +95,7 @@ def _comparable(config: Config) -> Config:
     kept = {section: dict(keys) for section, keys in config.items() if section != "output"}
     for key in ("resume", "device"):
         kept["training"].pop(key)
+    kept.pop("tracking", None)
     return json.loads(json.dumps(kept))
 
 

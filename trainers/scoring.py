@@ -57,6 +57,8 @@ def gradient_scores(
         handles.append(param.register_post_accumulate_grad_hook(fold))
     loader = trainer.get_train_dataloader()
     tokens = getattr(trainer, "_total_train_tokens", None)
+    if not hasattr(trainer, "current_gradient_accumulation_steps"):  # some losses ask; the training loop sets it anew
+        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     try:
         model.train()
         with (
@@ -84,6 +86,8 @@ def gradient_scores(
                 collected.clear()
         if tokens is not None:
             trainer._total_train_tokens = tokens  # type: ignore[attr-defined]
+        if hasattr(trainer, "_buffered_inputs"):
+            trainer._buffered_inputs = None  # GRPO's completions: training generates its own
     return scores
 
 

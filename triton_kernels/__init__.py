@@ -11,6 +11,7 @@ from typing import Any
 
 from sparseopt.triton_kernels.gather import clip_coefficient_, gather_grads_
 from sparseopt.triton_kernels.masks import mask_indices, mask_overlap, pack_mask, popcount, unpack_mask
+from sparseopt.triton_kernels.scatter import scatter_values_
 from sparseopt.triton_kernels.sparse_adamw import sparse_adamw_
 
 __all__ = ["IMPLEMENTATIONS"]
@@ -24,5 +25,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mask_overlap": mask_overlap,
     "gather_grads_": gather_grads_,
     "clip_coefficient_": clip_coefficient_,
+    "scatter_values_": scatter_values_,
     "sparse_adamw_": sparse_adamw_,
 }

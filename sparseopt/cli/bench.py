@@ -21,7 +21,36 @@ Shape = Annotated[
         help="llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, qwen2.5-0.5b or gpt2: that model's shapes with random weights.",
     ),
 ]
-Model = Annotated[str | None, typer.Option("--model", help="smollm2, a local folder or a Hub name.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "--model_name",
+        help="smollm2, a local folder or a Hub name (google/gemma-3-270m-it where real rows are asked for).",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SOURCE",
+        help="Real rows: reasoning_gym:TASK, a local file or a Hub dataset (Light-R1 for dpo, OpenR1 for grpo).",
+    ),
+]
+Subset = Annotated[
+    int | None, typer.Option("--subset_size", help="Real rows: how many; batches go round them (dpo 100, grpo 10).")
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint", metavar="FOLDER", help="Real rows: begin with these weights (a model's or a run's), or None."
+    ),
+]
+Mask = Annotated[str | None, typer.Option("--mask", metavar="FILE", help="Mask file: adds the arm sparse@mask.")]
+Generations = Annotated[int | None, typer.Option("--num_generations", help="Completions of a real prompt (grpo: 8).")]
+Completion = Annotated[
+    int | None, typer.Option("--max_completion_length", help="Tokens of a completion (grpo, real prompts: 256).")
+]
 Arms = Annotated[
     list[str] | None,
     typer.Option(
@@ -35,9 +64,14 @@ Density = Annotated[
     list[str] | None,
     typer.Option("--density", metavar="SHARE...", help="Densities of sparse arms (default 2.5% 0.25%)."),
 ]
-Batch = Annotated[int, typer.Option("--batch", help="Sequences (dpo: pairs) of a micro-batch.")]
-Seq = Annotated[int, typer.Option("--seq", help="Tokens of a sequence.")]
-Rounds = Annotated[int, typer.Option("--rounds", help="Timed steps of each arm.")]
+Batch = Annotated[
+    int,
+    typer.Option(
+        "--batch", "--batch_size", help="Sequences of a micro-batch (dpo: pairs; grpo on real rows: prompts)."
+    ),
+]
+Seq = Annotated[int, typer.Option("--seq", help="Tokens of a sequence; of real rows at most.")]
+Rounds = Annotated[int, typer.Option("--rounds", "--n_steps", help="Timed steps of each arm.")]
 Warmup = Annotated[int, typer.Option("--warmup", help="Untimed steps of each arm before them, in each pass.")]
 Passes = Annotated[int, typer.Option("--passes", help="Turns over the list of arms; rounds are split over them.")]
 Mode = Annotated[str | None, typer.Option("--mode", help="eager (default), compiled or both.")]
@@ -49,14 +83,29 @@ Dtype = Annotated[str, typer.Option("--dtype", help="Of the weights: bfloat16 or
 Output = Annotated[
     str | None, typer.Option("--output", metavar="FOLDER", help="Store JSON, a Markdown table and a PNG here.")
 ]
+ResultsDir = Annotated[
+    str | None,
+    typer.Option(
+        "--results_dir",
+        metavar="FOLDER",
+        help="Write FOLDER/RUN/timing_info.json, report.md and timing.png (default with real rows or --run_name: results).",
+    ),
+]
+RunName = Annotated[
+    str | None, typer.Option("--run_name", metavar="RUN", help="That folder's name (workload, model, batch size).")
+]
 
 
 EXAMPLES = {
     "dpo": (
+        "sparseopt bench dpo --n_steps 100 --batch_size 1 --subset_size 100",
+        "sparseopt bench dpo --model smollm2 --data reasoning_gym:chain_sum --mask masks/found.safetensors --n_steps 20",
         "sparseopt bench dpo --shape llama-3.2-1b --batch 2 --seq 1024 --output results",
         "sparseopt bench dpo --model smollm2 --arms dense-fused lora sparse@2.5% --device cpu --seq 64",
     ),
     "grpo": (
+        "sparseopt bench grpo --checkpoint None --n_steps 50 --batch_size 1 --subset_size 10",
+        "sparseopt bench grpo --model smollm2 --data reasoning_gym:chain_sum --num_generations 4 --arms dense-fused lora sparse",
         "sparseopt bench grpo --shape qwen2.5-0.5b --batch 8 --seq 1024 --mode both",
         "sparseopt bench grpo --model smollm2 --batch 4 --gradient_checkpointing --json",
     ),
@@ -70,6 +119,11 @@ COMMON = """
     Arms: dense AdamW of torch (fused, foreach), LoRA (PEFT, r=16, all linear layers), 8-bit AdamW (bitsandbytes), and
     SparseAdamW with gradient capture at several densities; embeddings and the head are left out of its masks, as LoRA
     leaves them. Every sparse arm is checked against dense AdamW first: if that fails, no speed is shown (exit code 1).
+    """
+REAL = """
+
+    --data, --subset_size or --checkpoint time it on real rows in place of random tokens, and keep
+    results/RUN/timing_info.json, report.md and timing.png.
     """
 
 
@@ -93,17 +147,28 @@ def _train_step(workload: str, text: str) -> None:
         master: Master = "residual",
         dtype: Dtype = "bfloat16",
         device: DeviceOption = "auto",
+        data: Data = None,
+        subset_size: Subset = None,
+        checkpoint: Checkpoint = None,
+        mask: Mask = None,
+        num_generations: Generations = None,
+        max_completion_length: Completion = None,
         output: Output = None,
+        results_dir: ResultsDir = None,
+        run_name: RunName = None,
         json: JsonFlag = False,
         debug: DebugFlag = False,
     ) -> None:
-        if (shape is None) == (model is None):
-            raise typer.BadParameter("give one of --shape and --model.")
+        real = any(value is not None for value in (data, subset_size, checkpoint))
+        if (shape and model) or not (shape or model or real):
+            raise typer.BadParameter("give one of --shape and --model, or real rows by --data or --subset_size.")
         values = {
             "workload": workload, "shape": shape, "model": model, "arms": ",".join(arms or []) or None,
             "density": ",".join(density or []) or None, "batch": batch, "seq": seq, "rounds": rounds,
             "warmup": warmup, "passes": passes, "mode": mode, "accumulation": accumulation, "master": master,
-            "dtype": dtype, "device": device, "output": output,
+            "dtype": dtype, "device": device, "data": data, "subset_size": subset_size, "checkpoint": checkpoint,
+            "mask": mask, "num_generations": num_generations, "max_completion_length": max_completion_length,
+            "output": output, "results_dir": results_dir, "run_name": run_name,
         }  # fmt: skip
         flags = {
             "compile": compile_, "gradient_checkpointing": gradient_checkpointing, "json": json, "debug": debug,
@@ -115,12 +180,14 @@ def _train_step(workload: str, text: str) -> None:
 
         _exit(train_step.main(arguments, prog=f"sparseopt bench {workload}"))
 
-    command.__doc__ = text + COMMON
+    command.__doc__ = text + (COMMON if workload == "lm" else COMMON + REAL)
     app.command(workload, cls=Command, epilog=example(*EXAMPLES[workload]))(command)
 
 
-_train_step("dpo", "Whole DPO training steps in time and memory: pairs of random tokens, precomputed reference.")
-_train_step("grpo", "Whole GRPO updates in time and memory: given completions of random tokens, no generation.")
+_train_step("dpo", "Whole DPO training steps in time and memory: pairs of real rows or random tokens, given reference.")
+_train_step(
+    "grpo", "Whole GRPO updates in time and memory, on sampled or random completions; generation is timed apart."
+)
 _train_step("lm", "Whole training steps with the next-token loss, in time and memory, on random tokens.")
 
 

@@ -1,4 +1,4 @@
-"""``sparseopt masks``: look at, compare and merge mask files."""
+"""``sparseopt masks``: find, look at, compare and merge mask files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparseopt.cli import masks_find
 from sparseopt.cli._command import Command, DebugFlag, DeviceOption, JsonFlag, example, group, print_json
 
 if TYPE_CHECKING:
     from sparseopt import MaskSet
 
-app = group("masks", help="Look at, compare and merge mask files (.safetensors or .pt).")
+app = group("masks", help="Find masks; look at, compare and merge mask files (.safetensors or .pt).")
+app.command("find", cls=Command, epilog=masks_find.EXAMPLE)(masks_find.find)
 
 PerLayerFlag = Annotated[bool, typer.Option("--per_layer", help="One line per parameter as well.")]
 

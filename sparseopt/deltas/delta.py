@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sparseopt._files import FormatError, atomic_path
+from sparseopt._files import FormatError
+from sparseopt._safetensors import write_tensors
+from sparseopt.deltas._apply import write_entries
 from sparseopt.masks.maskset import normalize_name
 
 __all__ = ["Delta", "model_fingerprint"]
@@ -138,7 +139,8 @@ class Delta:
         digest = hashlib.sha256(head.encode())
         for name in sorted(self._entries):
             indices, values = self._entries[name]
-            _update(digest, name, self._shapes[name], values, indices)
+            update_head(digest, name, self._shapes[name], values.dtype, indices.dtype)
+            update_bytes(digest, values, indices)
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -159,6 +161,8 @@ class Delta:
     def apply_(self, target: torch.nn.Module | Mapping[str, Tensor]) -> None:
         """Writes the values into a model or a state dict, in place; nothing is written if anything does not fit.
 
+        One kernel for all contiguous tensors of a device and dtype; version counters are bumped.
+
         Raises:
             ValueError: a parameter is missing, or its shape or dtype differs (it is named).
         """
@@ -172,11 +176,7 @@ class Delta:
                     f"parameter {name!r} must be {_text(values.dtype)}{list(self._shapes[name])}, "
                     f"got {_text(tensor.dtype)}{list(tensor.shape)}."
                 )
-        with torch.no_grad():
-            for name, (indices, values) in self._entries.items():
-                # put_ takes flat row-major positions whatever the strides.
-                device = tensors[name].device
-                tensors[name].put_(indices.to(device, torch.int64), values.to(device))
+        write_entries(tensors, self._entries)
 
     def to_weight_patches(self) -> list[tuple[str, Tensor, Tensor, tuple[int, ...]]]:
         """[(name, flat indices, values, full shape)], the sparse patches that inference engines take.
@@ -193,8 +193,9 @@ class Delta:
             raise ValueError(f"delta files end in .safetensors, got '{target}'.")
         tensors = {}
         for name, (indices, values) in self._entries.items():
-            # Clones, because a values tensor may be a view into the optimizer's arena, which safetensors refuses.
-            tensors[f"{name}::indices"], tensors[f"{name}::values"] = indices.clone(), values.clone()
+            tensors[f"{name}::indices"], tensors[f"{name}::values"] = indices, values
+        # Wide dtypes first, so that each tensor is aligned for its dtype.
+        keys = sorted(tensors, key=lambda key: -tensors[key].element_size())
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),
@@ -205,8 +206,8 @@ class Delta:
             "dtypes": json.dumps({name: _text(dtype) for name, dtype in self.dtypes.items()}),
             "checksum": f"sha256:{self.fingerprint}",
         }
-        with atomic_path(target) as temporary:
-            save_file(tensors, temporary, metadata)
+        specs = {key: (tuple(tensors[key].shape), tensors[key].dtype) for key in keys}
+        write_tensors(target, specs, (tensors[key] for key in keys), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Delta:
@@ -243,10 +244,16 @@ class Delta:
 
 def model_fingerprint(model: torch.nn.Module | Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of a model's state dict, whatever the order and the device."""
-    digest = hashlib.sha256(b"sparseopt.model/1")
+    digest = model_digest()
     for name, tensor in sorted(_tensors_of(model).items()):
-        _update(digest, name, tuple(tensor.shape), tensor)
+        update_head(digest, name, tensor.shape, tensor.dtype)
+        update_bytes(digest, tensor)
     return digest.hexdigest()
+
+
+def model_digest() -> Any:
+    """The empty digest that model fingerprints begin with."""
+    return hashlib.sha256(b"sparseopt.model/1")
 
 
 def _text(dtype: torch.dtype) -> str:
@@ -259,9 +266,14 @@ def _tensors_of(target: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, Ten
     return {normalize_name(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _update(digest: Any, name: str, shape: tuple[int, ...], *tensors: Tensor) -> None:
-    head = json.dumps([name, shape, *(_text(t.dtype) for t in tensors)]).encode()
+def update_head(digest: Any, name: str, shape: Sequence[int], *dtypes: torch.dtype) -> None:
+    """What precedes the bytes of a tensor, or of several, in a fingerprint."""
+    head = json.dumps([name, list(shape), *map(_text, dtypes)]).encode()
     digest.update(len(head).to_bytes(8, "little") + head)
+
+
+def update_bytes(digest: Any, *tensors: Tensor) -> None:
+    """The bytes of tensors in a fingerprint; a tensor may come in several pieces."""
     for tensor in tensors:
         flat = tensor.detach().to("cpu").contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)

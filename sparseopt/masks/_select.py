@@ -24,6 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sparseopt.masks._pieces import Part
+
 __all__ = ["CACHED_GROUPS", "Cut", "Picked", "Source", "choose", "pick", "shares", "top"]
 
 Keys = npt.NDArray[Any]  # int32 or int64
@@ -36,14 +38,14 @@ CACHED_GROUPS = 1 << 25  # keys of groups are kept (8 bytes each) when there are
 class Source:
     """One tensor's scores as ordered integer keys: of its entries, or of its aligned groups (their sums)."""
 
-    def __init__(self, name: str, scores: Tensor, group: int, wide: bool, cache: bool = False) -> None:
+    def __init__(self, name: str, scores: Part, group: int, wide: bool, cache: bool = False) -> None:
         self.name = name
         self.group = group
         self.entries = scores.numel()
         self.items = -(-self.entries // group)
         self.ragged = -self.entries % group  # how many entries the last group lacks
         self.wide = wide
-        self._scores = scores.detach()
+        self._scores = scores
         self._cache: list[Keys] | None = [] if cache else None
         self._cached = False
         self.checked = False
@@ -53,9 +55,9 @@ class Source:
         if self._cached and self._cache is not None:
             yield from self._cache
             return
-        flat = self._scores.reshape(-1)
+        read = self._scores.open()
         for start in range(0, self.entries, PIECE):
-            keys = _to_keys(self._values(flat[start : start + PIECE]))
+            keys = _to_keys(self._values(read(start, min(start + PIECE, self.entries))))
             if self._cache is not None:
                 self._cache.append(keys)
             yield keys
@@ -221,11 +223,11 @@ class Picked:
     negative: bool = False
 
 
-def pick(source: Source, cut: Cut) -> Picked:
-    """Builds the packed mask of one tensor."""
+def pick(source: Source, cut: Cut, packed: Tensor) -> Picked:
+    """Writes the packed mask of one tensor into ``packed``, uint8[ceil(n/8)]."""
     group = source.group
-    out = np.empty((source.entries + 7) // 8, dtype=np.uint8)
-    result = Picked(torch.from_numpy(out))
+    out = packed.numpy()
+    result = Picked(packed)
     ties, position, items = cut.ties, 0, 0
     for keys in source.pieces():
         chosen = keys > cut.key
@@ -242,11 +244,11 @@ def pick(source: Source, cut: Cut) -> Picked:
             result.total += float(values.sum(dtype=np.float64))
         result.negative |= bool(values.min() < 0)
         if group == 1:
-            packed = np.packbits(chosen, bitorder="little")
+            part = np.packbits(chosen, bitorder="little")
         else:
-            packed = np.repeat(np.where(chosen, np.uint8(255), np.uint8(0)), group // 8)[: out.size - position]
-        out[position : position + packed.size] = packed
-        position += packed.size
+            part = np.repeat(np.where(chosen, np.uint8(255), np.uint8(0)), group // 8)[: out.size - position]
+        out[position : position + part.size] = part
+        position += part.size
     result.active = items * group
     result.ties = cut.ties * group if cut.tied else 0
     if source.ragged and out.size:

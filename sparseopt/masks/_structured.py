@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparseopt import functional
+from sparseopt.masks._pieces import Part
 from sparseopt.masks._select import Picked
 
 __all__ = ["Structure", "pick_structures", "random_mask"]
@@ -39,13 +40,14 @@ def structure_of(shape: Sequence[int], grain: str) -> tuple[int, int]:
 class Structure:
     """One tensor's rows or columns with their summed scores (fp64)."""
 
-    def __init__(self, name: str, scores: Tensor, grain: str) -> None:
+    def __init__(self, name: str, scores: Part, grain: str) -> None:
         self.name, self.grain = name, grain
-        self.shape = tuple(scores.shape)
+        self.shape = scores.shape
         self.count, self.size = structure_of(self.shape, grain)
-        self.sums: npt.NDArray[np.float64] = _sums(scores.detach(), grain, self.count).numpy()
+        sums, has_nan = _sums(scores, grain, self.count)
+        self.sums: npt.NDArray[np.float64] = sums.numpy()
         if np.isnan(self.sums).any():
-            if torch.isnan(scores).any():
+            if has_nan:
                 raise ValueError(f"the scores of {name!r} contain NaN.")
             raise ValueError(f"the scores of {name!r} hold infinities of both signs in one {grain}.")
 
@@ -54,18 +56,28 @@ class Structure:
         return _expand(torch.from_numpy(chosen), self.shape, self.grain)
 
 
-def _sums(scores: Tensor, grain: str, count: int) -> Tensor:
-    if count == 0 or scores.dim() < 2:
-        return scores.reshape(-1).to("cpu", torch.float64)
-    rows = scores.reshape(count, -1) if grain == "row" else scores.reshape(-1, count)
-    step = max(1, PIECE // rows.shape[1])
-    pieces = (rows[start : start + step] for start in range(0, rows.shape[0], step))
-    if grain == "row":
-        return torch.cat([piece.sum(1, dtype=torch.float64).cpu() for piece in pieces])
+def _sums(scores: Part, grain: str, count: int) -> tuple[Tensor, bool]:
+    """-> (fp64[count] sums of the rows or columns, whether a score is NaN)."""
     total = torch.zeros(count, dtype=torch.float64)
-    for piece in pieces:
-        total += piece.sum(0, dtype=torch.float64).cpu()
-    return total
+    n = scores.numel()
+    if n == 0:
+        return total, False
+    single = len(scores.shape) < 2
+    width = 1 if single else n // count if grain == "row" else count  # entries of a row of the flat view
+    step = max(1, PIECE // width)
+    read = scores.open()
+    has_nan = False
+    for start in range(0, n // width, step):
+        stop = min(start + step, n // width)
+        rows = read(start * width, stop * width).view(stop - start, width)
+        if single or grain == "row":
+            total[start:stop] = rows.sum(1, dtype=torch.float64).cpu()
+            found = total[start:stop]
+        else:
+            found = rows.sum(0, dtype=torch.float64).cpu()
+            total += found
+        has_nan = has_nan or (bool(torch.isnan(found).any()) and bool(torch.isnan(rows).any()))
+    return total, has_nan
 
 
 def _expand(chosen: Tensor, shape: Sequence[int], grain: str) -> Tensor:

@@ -7,20 +7,22 @@ import fnmatch
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparseopt.masks._pieces import Part, Scores, TensorPart
 from sparseopt.masks._select import CACHED_GROUPS, Picked, Source, pick, shares, top
 from sparseopt.masks._structured import Structure, pick_structures
 from sparseopt.masks.maskset import Granularity, MaskSet, granularity_of, normalize_name
 
-__all__ = ["find_masks", "matches"]
+__all__ = ["find_masks", "is_mlp", "matches"]
 
 SCOPES = ("global", "per_tensor")
 WARN_ZERO_SHARE, REFUSE_ZERO_SHARE = 0.01, 0.5
+MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,6 +40,11 @@ def matches(name: str, pattern: str) -> bool:
     before = r"(?<!\d)" if pattern[:1].isdigit() else ""
     after = r"(?!\d)" if pattern[-1:].isdigit() else ""
     return re.search(before + re.escape(pattern) + after, name) is not None
+
+
+def is_mlp(name: str) -> bool:
+    """Whether a parameter belongs to an MLP block: a component of its name holds mlp, feed_forward or ffn."""
+    return MLP.search(name) is not None
 
 
 def find_masks(
@@ -58,6 +65,8 @@ def find_masks(
     Args:
         scores: parameter name -> scores of the parameter's shape; any real dtype (fp64 and integers are compared as
             fp64, all else as fp32), any device; inf is allowed, order is by value. One tensor at a time is worked on.
+            :class:`sparseopt.masks._pieces.Scores`, such as those of a delta log, are read in pieces: memory is then
+            that of the result (1 bit an entry) and of a piece.
         sparsity: share of the n entries (of the parameters that include/exclude leave) that stays inactive.
         scope: ``"global"``: the best ``round((1 - sparsity) * n)`` of all tensors together; ``"per_tensor"``: the best
             ``round((1 - sparsity) * n)`` of each tensor.
@@ -99,9 +108,12 @@ def find_masks(
         minimums = [[0]] * len(sizes)
         groups = [[name] for name in eligible]
 
+    # All masks are allocated before the work, whose buffers would otherwise lie between them and fragment the heap.
+    packed = {name: torch.zeros((part.numel() + 7) // 8, dtype=torch.uint8) for name, part in tensors.items()}
     picked: dict[str, Picked] = {}
     for names, budget, minimum in zip(groups, budgets, minimums, strict=True):
-        picked.update(zip(names, _pick({name: tensors[name] for name in names}, budget, minimum, grain), strict=True))
+        chosen = {name: tensors[name] for name in names}
+        picked.update(zip(names, _pick(chosen, budget, minimum, grain, packed), strict=True))
     measured = shares(list(picked.values()))
     _check_zeros(measured["zero_score_share"], allow_zero_scores)
     found = {
@@ -114,22 +126,27 @@ def find_masks(
         **({"method": method} if method is not None else {}),
         **measured,
     }
-    packed = {
-        name: picked[name].packed if name in picked else torch.zeros((tensor.numel() + 7) // 8, dtype=torch.uint8)
-        for name, tensor in tensors.items()
-    }
+    packed.update((name, result.packed) for name, result in picked.items())
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return MaskSet(packed, shapes, {**found, **(metadata or {})}, copy_bits=False)
+    known = scores.provenance if isinstance(scores, Scores) else {}
+    return MaskSet(packed, shapes, {**known, **found, **(metadata or {})}, copy_bits=False)
 
 
-def _pick(tensors: Mapping[str, Tensor], budget: int, minimum: Sequence[int], grain: Granularity) -> list[Picked]:
+def _pick(
+    tensors: Mapping[str, Part],
+    budget: int,
+    minimum: Sequence[int],
+    grain: Granularity,
+    packed: Mapping[str, Tensor],
+) -> list[Picked]:
     if isinstance(grain, str):
         return pick_structures([Structure(name, t, grain) for name, t in tensors.items()], budget, minimum)
     # Sums over groups are taken in fp64, so that they neither overflow nor depend on the order of summation much.
     wide = grain > 1 or any(tensor.dtype not in NARROW for tensor in tensors.values())
     cache = grain > 1 and sum(t.numel() for t in tensors.values()) <= CACHED_GROUPS * grain
     sources = [Source(name, tensor, grain, wide, cache) for name, tensor in tensors.items()]
-    return [pick(source, cut) for source, cut in zip(sources, top(sources, budget, minimum), strict=True)]
+    cuts = top(sources, budget, minimum)
+    return [pick(source, cut, packed[source.name]) for source, cut in zip(sources, cuts, strict=True)]
 
 
 def _minimums(sizes: Sequence[int], ratio: float, budget: int) -> list[int]:
@@ -157,19 +174,25 @@ def _check_arguments(sparsity: float, scope: str, ratio: float) -> None:
         )
 
 
-def _check_scores(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _check_scores(scores: Mapping[str, Tensor]) -> dict[str, Part]:
+    tensors: dict[str, Part] = {}
+    parts = ((raw, scores.part(raw)) for raw in scores) if isinstance(scores, Scores) else _parts(scores)
+    for raw, part in parts:
+        name = normalize_name(raw)
+        if name in tensors:
+            raise ValueError(f"two score tensors are named {name!r} (the second came as {raw!r}).")
+        tensors[name] = part
+    if not tensors:
+        raise ValueError("find_masks needs scores of at least one parameter, got none.")
+    return tensors
+
+
+def _parts(scores: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
     for raw, tensor in scores.items():
         if not isinstance(tensor, Tensor) or tensor.is_complex():
             kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"the scores of {raw!r} must be a real tensor, got {kind}.")
-        name = normalize_name(raw)
-        if name in tensors:
-            raise ValueError(f"two score tensors are named {name!r} (the second came as {raw!r}).")
-        tensors[name] = tensor
-    if not tensors:
-        raise ValueError("find_masks needs scores of at least one parameter, got none.")
-    return tensors
+        yield raw, TensorPart(tensor)
 
 
 def _patterns(patterns: str | Iterable[str] | None, what: str) -> list[str]:
@@ -180,7 +203,7 @@ def _patterns(patterns: str | Iterable[str] | None, what: str) -> list[str]:
 
 
 def _eligible(
-    tensors: Mapping[str, Tensor], include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+    tensors: Mapping[str, Part], include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
 ) -> list[str]:
     """Names to choose from, sorted: the order that decides ties."""
     wanted, unwanted = _patterns(include, "include"), _patterns(exclude, "exclude")

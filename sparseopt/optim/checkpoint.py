@@ -52,6 +52,7 @@ def state_dict(optimizer: SparseAdamW) -> dict[str, Any]:
         "version": FORMAT_VERSION,
         "mask_fingerprint": fingerprint(optimizer),
         "skipped_steps": optimizer.skipped_steps,
+        "mask_changes": optimizer._left.mask_changes,
     }
     return result
 
@@ -109,6 +110,7 @@ def load_state_dict(optimizer: SparseAdamW, given: dict[str, Any]) -> None:
         keep: dict[str, Any] = {k: group[k] for k in ("params", "param_names") if k in group}
         group.update({k: v for k, v in saved_group.items() if k not in ("params", "param_names")})
         group.update(keep)
+    optimizer._left.after_load(None if info is None else info.get("mask_changes"), same_masks=other is None)
     if info is not None:
         skipped = int(info["skipped_steps"])
         optimizer._skipped = torch.tensor(float(skipped)) if skipped else None

@@ -78,7 +78,7 @@ class IndexPlan:
     def positions(self, tensor: int) -> Tensor:
         """Sorted flat indices of a tensor's active entries, int64, on the plan's device."""
         rows = self.chunks[self.first_chunk[tensor] : self.first_chunk[tensor + 1]]
-        return arena_positions(self.indices, rows)
+        return arena_positions(self.indices, rows, self.counts[tensor])
 
     def to(self, device: torch.device) -> IndexPlan:
         if self.indices.device == device:

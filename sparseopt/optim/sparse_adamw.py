@@ -383,6 +383,9 @@ class SparseAdamW(Optimizer):
         Args:
             changed_only: only entries that differ from the last export (the first one compares with the base copy that
                 :meth:`base_weights` keeps, or else holds everything).
+
+        After :meth:`load_state_dict` of a training whose masks changed, nobody knows what else differs from the last
+        export: the next one holds every entry of the parameters (``changed_only``: that is not known to be the same).
         """
         return weights.export_delta(self, changed_only)
 

@@ -3,21 +3,58 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparseopt.deltas.delta import Delta
+from sparseopt.deltas.delta import INT32_NUMEL, Delta
 
 if TYPE_CHECKING:
     from sparseopt.masks.maskset import MaskSet
     from sparseopt.optim.arena import Arena
+    from sparseopt.optim.plan import IndexPlan
     from sparseopt.optim.sparse_adamw import SparseAdamW
 
-__all__ = ["LeftEntries", "base_weights", "export_delta"]
+__all__ = ["Follower", "LeftEntries", "Part", "base_weights", "export_delta", "follow", "read"]
+
+
+@dataclass(eq=False)
+class Follower:
+    """What somebody who follows the weights must look at besides the active entries.
+
+    Attributes:
+        left: positions, sorted, int64, by parameter name, that left the mask since the last look and are out of it.
+        lost: whether any entry of the optimizer's parameters may have changed: state was loaded, and masks had changed.
+        active: (index plan, active positions) by name, kept between looks, on CPUs; None: not kept.
+    """
+
+    left: dict[str, Tensor] = field(default_factory=dict)
+    lost: bool = False
+    active: dict[str, tuple[IndexPlan, Tensor]] | None = None
+
+    def positions(self, arena: Arena, t: int) -> Tensor:
+        """Sorted positions of a tensor's active entries."""
+        if self.active is None or arena.device.type != "cpu":
+            return arena.plan.positions(t)
+        kept = self.active.get(arena.names[t])
+        if kept is None or kept[0] is not arena.plan:
+            dtype = torch.int32 if arena.params[t].numel() <= INT32_NUMEL else torch.int64
+            kept = self.active[arena.names[t]] = (arena.plan, arena.plan.positions(t).to(dtype))
+        return kept[1]
+
+    def drop(self, name: str, old: Tensor, new: Tensor) -> None:
+        """``old`` positions were active; ``new`` ones will be."""
+        earlier = self.left.get(name, old[:0]).to(old.device)
+        together = torch.cat([earlier, old]).unique()
+        self.left[name] = together[~contains(new, together)]
+
+    def looked(self) -> None:
+        self.left.clear()
+        self.lost = False
 
 
 @dataclass
@@ -25,33 +62,57 @@ class LeftEntries:
     """Entries that were active once and are no longer, by parameter name; positions are sorted, int64.
 
     Attributes:
-        since_export: positions that left since the last export.
+        mask_changes: times that masks were changed, in this process and in those whose state was loaded.
+        export: for ``export_delta``.
+        followers: further ones, each with its own account.
         base: (positions, values before training) of all that left, kept only where the optimizer keeps a base copy.
         exported: (positions, values) of the last export, kept once ``export_delta(changed_only=True)`` was used.
         compares: whether it was.
+        exports: whether there was any export.
     """
 
-    since_export: dict[str, Tensor] = field(default_factory=dict)
+    mask_changes: int = 0
+    export: Follower = field(default_factory=Follower)
+    followers: weakref.WeakSet[Follower] = field(default_factory=weakref.WeakSet)
     base: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     exported: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     compares: bool = False
+    exports: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever follows this optimizer does not follow a copy of it (and weak references cannot be pickled).
+        return {key: value for key, value in vars(self).items() if key != "followers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, followers=weakref.WeakSet())
 
     def before_update(self, optimizer: SparseAdamW, masks: MaskSet) -> None:
         """Remembers what the new masks drop, and hands base values back to entries that return."""
+        self.mask_changes += 1
         for arena in optimizer._arenas:
             for t, name in enumerate(arena.names):
                 if name not in masks:
                     continue
                 old, new = arena.plan.positions(t), masks.indices(name).long().to(arena.device)
-                dropped = old[~_contains(new, old)]
-                earlier = self.since_export.get(name, dropped[:0]).to(arena.device)
-                together = torch.cat([earlier, dropped]).unique()
-                self.since_export[name] = together[~_contains(new, together)]
+                for follower in (self.export, *self.followers):
+                    follower.drop(name, old, new)
                 if arena.base is not None:
+                    dropped = old[~contains(new, old)]
                     positions, values = self.base.get(name, (dropped[:0], arena.base[:0]))
-                    base = arena.base[arena.plan.arena(t)][~_contains(new, old)]
+                    base = arena.base[arena.plan.arena(t)][~contains(new, old)]
                     merged, order = torch.cat([positions, dropped]).sort()
                     self.base[name] = (merged, torch.cat([values, base])[order])
+
+    def after_load(self, changes: int | None, same_masks: bool) -> None:
+        """State was loaded whose masks had changed ``changes`` times (None: nobody knows).
+
+        Under masks that never changed, the active entries are all that can differ. Otherwise entries may differ that were
+        active at some time between the two states, which nobody recorded.
+        """
+        if changes is None or changes or self.mask_changes or not same_masks:
+            for follower in (self.export, *self.followers):
+                follower.lost = True
+            self.mask_changes = max(self.mask_changes, changes or 1)
 
     def take_back(self, arena: Arena) -> None:
         """Gives entries that are active again their base values, and forgets them here."""
@@ -60,12 +121,12 @@ class LeftEntries:
                 continue
             positions, values = self.base[name]
             active = arena.plan.positions(t)
-            back = _contains(active, positions)
+            back = contains(active, positions)
             arena.base[arena.plan.arena(t)][torch.searchsorted(active, positions[back])] = values[back]
             self.base[name] = (positions[~back], values[~back])
 
 
-def _contains(sorted_set: Tensor, values: Tensor) -> Tensor:
+def contains(sorted_set: Tensor, values: Tensor) -> Tensor:
     """bool per value: is it in the sorted set?"""
     if not sorted_set.numel():
         return torch.zeros_like(values, dtype=torch.bool)
@@ -120,38 +181,92 @@ def _exchange(optimizer: SparseAdamW, restore: list[tuple[Tensor, Tensor]] | Non
     return saved
 
 
+@dataclass(frozen=True)
+class Part:
+    """Entries of one parameter that may have changed.
+
+    Attributes:
+        name: of the parameter.
+        param: the parameter.
+        positions: sorted flat indices, int[k] on its device, not to be written; None = every entry.
+        values: [k], a copy or (every entry) perhaps a view.
+        plan: the index plan, where the positions are exactly the active ones; else None.
+    """
+
+    name: str
+    param: Tensor
+    positions: Tensor | None
+    values: Tensor
+    plan: IndexPlan | None
+
+
+def follow(optimizer: SparseAdamW) -> Follower:
+    """A new account of what leaves the masks from now on, kept for as long as the caller keeps it."""
+    optimizer._build()
+    follower = Follower(active={})
+    optimizer._left.followers.add(follower)
+    return follower
+
+
+@torch.no_grad()
+def read(optimizer: SparseAdamW, follower: Follower) -> Iterator[Part]:
+    """Everything that may have changed since the follower's last look, tensor by tensor; never waits for the device."""
+    optimizer._build()
+    for arena in optimizer._arenas:
+        for t, name in enumerate(arena.names):
+            flat = arena.params[t].detach().reshape(-1)
+            if follower.lost:
+                yield Part(name, arena.params[t], None, flat, None)
+                continue
+            positions, left = follower.positions(arena, t), follower.left.get(name)
+            if left is not None and left.numel():
+                positions = torch.cat([positions, left.to(arena.device, positions.dtype)]).sort().values
+                yield Part(name, arena.params[t], positions, flat[positions], None)
+            else:
+                yield Part(name, arena.params[t], positions, flat[positions], arena.plan)
+    follower.looked()
+
+
+def steps_taken(optimizer: SparseAdamW) -> int:
+    return max((int(arena.steps.max()) for arena in optimizer._arenas if arena.steps.numel()), default=0)
+
+
 @torch.no_grad()
 def export_delta(optimizer: SparseAdamW, changed_only: bool) -> Delta:
     optimizer._build()
     left = optimizer._left
     left.compares |= changed_only
+    # The base copy tells what a first export adds. After a complete export it no longer does: entries may be back at
+    # their base values, and the reader must hear of it.
+    bases: dict[str, tuple[Tensor, Tensor]] = {}
+    for arena in optimizer._arenas:
+        if changed_only and arena.base is not None and not left.exports:
+            for t, name in enumerate(arena.names):
+                bases[name] = (arena.plan.positions(t), arena.base[arena.plan.arena(t)])
     entries: dict[str, tuple[Tensor, Tensor]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    step = 0
-    for arena in optimizer._arenas:
-        step = max(step, int(arena.steps.max()) if arena.steps.numel() else 0)
-        for t, name in enumerate(arena.names):
-            positions = arena.plan.positions(t)
-            if name in left.since_export:
-                positions = torch.cat([positions, left.since_export[name].to(arena.device)]).sort().values
-            values = arena.params[t].detach().reshape(-1)[positions]
-            reference = left.exported.get(name)
-            if reference is None and arena.base is not None:
-                reference = (arena.plan.positions(t), arena.base[arena.plan.arena(t)])
-            if left.compares:
-                left.exported[name] = (positions, values)
-            if changed_only and reference is not None:
-                positions, values = _changed(positions, values, *reference)
-            shapes[name] = tuple(arena.params[t].shape)
-            index_dtype = torch.int32 if arena.params[t].numel() <= 2**31 else torch.int64
-            entries[name] = (positions.to("cpu", index_dtype), values.cpu())
-    left.since_export.clear()
-    return Delta.from_dict(entries, shapes, step=step)
+    for part in read(optimizer, left.export):
+        name, values, n = part.name, part.values, part.param.numel()
+        positions = torch.arange(n, device=values.device) if part.positions is None else part.positions
+        reference = left.exported.get(name, bases.get(name))
+        if left.compares:
+            left.exported[name] = (positions, values.clone() if part.positions is None else values)
+        if changed_only and reference is not None:
+            known, old = (tensor.to(values.device) for tensor in reference)
+            positions, values = _changed(positions, values, known, old)
+        shapes[name] = tuple(part.param.shape)
+        # A whole parameter may be a view of what training goes on to write.
+        entries[name] = (
+            positions.to("cpu", torch.int32 if n <= INT32_NUMEL else torch.int64),
+            values.to("cpu", copy=True),
+        )
+    left.exports = True
+    return Delta.from_dict(entries, shapes, step=steps_taken(optimizer))
 
 
 def _changed(positions: Tensor, values: Tensor, old_positions: Tensor, old_values: Tensor) -> tuple[Tensor, Tensor]:
     """Entries that are new or whose bits differ from the earlier export."""
-    known = _contains(old_positions, positions)
+    known = contains(old_positions, positions)
     same = torch.zeros_like(known)
     at = torch.searchsorted(old_positions, positions[known])
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sparseopt as so
-from sparseopt.benchmarks import report, train_arms, train_results, train_step
+from sparseopt.benchmarks import report, train_arms, train_results, train_step, train_work
 from sparseopt.benchmarks.train_arms import CheckError, Unavailable
 from sparseopt.benchmarks.train_settings import Arm, parse, parse_arms
 from sparseopt.shapes import build_shape
@@ -94,8 +94,8 @@ def test_masks_leave_embeddings_and_head_out() -> None:
 @pytest.mark.parametrize("workload", ["lm", "dpo", "grpo"])
 def test_losses(workload: str) -> None:
     model = build_shape("tiny", device="cpu", dtype=torch.float32)
-    whole = train_arms.make_loss(workload, model, 2, 16, accumulation=1)
-    halves = train_arms.make_loss(workload, model, 2, 16, accumulation=2)
+    whole = train_work.make_loss(workload, model, 2, 16, accumulation=1)
+    halves = train_work.make_loss(workload, model, 2, 16, accumulation=2)
     value = whole[0]()
     assert halves[0]().item() == pytest.approx(value.item() / 2)
     value.backward()
@@ -132,7 +132,7 @@ def test_small_check_finds_another_result(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("where", ["embedding", "inactive"])
 def test_frozen_entries_are_watched(where: str) -> None:
     built = train_arms.build(SPARSE, build_shape("tiny", device="cpu"))
-    (loss,) = train_arms.make_loss("lm", built.model, 1, 16, 1)
+    (loss,) = train_work.make_loss("lm", built.model, 1, 16, 1)
     with pytest.raises(CheckError, match="no active entry moved"):
         built.check()
     loss().backward()
@@ -161,13 +161,13 @@ def test_bytes_are_exact() -> None:
     count = sum(p.numel() for p in model.parameters())
     tensors = len(list(model.parameters()))
     dense = train_arms.build(Arm("dense-fused"), model)
-    (loss,) = train_arms.make_loss("lm", dense.model, 1, 16, 1)
+    (loss,) = train_work.make_loss("lm", dense.model, 1, 16, 1)
     loss().backward()
     assert dense.gradient_bytes() == 2 * count
     dense.update()
     assert dense.state_bytes() == 2 * 2 * count + 4 * tensors  # two bf16 moments, one fp32 step each
     sparse = train_arms.build(SPARSE, build_shape("tiny", device="cpu"))
-    (loss,) = train_arms.make_loss("lm", sparse.model, 1, 16, 1)
+    (loss,) = train_work.make_loss("lm", sparse.model, 1, 16, 1)
     loss().backward()
     assert sparse.gradient_bytes() >= 4 * sparse.trained
     assert all(p.grad is None for p in sparse.model.parameters())

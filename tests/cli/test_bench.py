@@ -65,6 +65,28 @@ def test_flags_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options.output == Path("out folder")
 
 
+def test_flags_of_real_rows_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseopt.benchmarks import train_step
+    from sparseopt.benchmarks.train_settings import parse
+
+    given: list[Any] = []
+    monkeypatch.setattr(train_step, "main", keep(given))
+    result = invoke(
+        "grpo", "--checkpoint", "None", "--n_steps", "50", "--batch-size", "1", "--subset_size", "10", "--model_name", "x/y",
+        "--data", "my rows.jsonl", "--mask", "m.safetensors", "--num-generations", "4", "--max_completion_length", "32",
+        "--results-dir", "out", "--run_name", "mine",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    settings, _ = parse(given[0][0])
+    assert (settings.model, settings.data, settings.subset, settings.rounds) == ("x/y", "my rows.jsonl", 10, 50)
+    assert (settings.batch, settings.checkpoint, settings.mask) == (1, None, "m.safetensors")
+    assert (settings.num_generations, settings.max_completion_length) == (4, 32)
+    assert (settings.results, settings.run) == ("out", "mine")
+    assert settings.arms[-1].name == "sparse@mask"
+    assert invoke("dpo", "--n_steps", "100", "--batch_size", "1", "--subset_size", "100").exit_code == 0
+    assert parse(given[1][0])[0] == parse(["--workload=dpo", "--rounds=100", "--subset_size=100"])[0]
+
+
 def test_defaults_are_those_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparseopt.benchmarks import train_step
     from sparseopt.benchmarks.train_settings import parse
@@ -76,7 +98,11 @@ def test_defaults_are_those_of_the_module(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_bad_usage() -> None:
-    for arguments in (["lm"], ["lm", "--shape", "tiny", "--model", "smollm2"], ["lm", "--shape", "gpt9"]):
+    wrong = (
+        ["lm"], ["dpo"], ["lm", "--shape", "tiny", "--model", "smollm2"], ["lm", "--shape", "gpt9"],
+        ["lm", "--model", "smollm2", "--subset_size", "3"], ["dpo", "--shape", "tiny", "--data", "x.jsonl"],
+    )  # fmt: skip
+    for arguments in wrong:
         result = invoke(*arguments)
         assert result.exit_code == 2, result.output
 

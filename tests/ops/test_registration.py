@@ -60,6 +60,8 @@ def samples(name: str, device: torch.device) -> list[tuple[Any, ...]]:
         case "clip_coefficient_":
             numbers = (torch.zeros((), device=device) for _ in range(3))
             return [(torch.rand(100, device=device), 1.0, scalar + 0.5, scalar, *numbers)]
+        case "scatter_values_":
+            return [(tensors(), torch.rand(plan.active, device=device), plan.indices, plan.chunks, plan.run)]
     halves = [t.bfloat16() for t in tensors()]
     none = (*(None,) * 7, plan.run, False)
     births = torch.zeros(2, 1, device=device)
@@ -123,6 +125,15 @@ def test_raw_ops_refuse_what_would_read_anywhere(device: torch.device) -> None:
     for bad in ([strided, gathered[1]], [gathered[0], gathered[1].half()]):
         with pytest.raises((RuntimeError, ValueError, TypeError)):
             ops.gather_grads_(compact, bad, *where)
+    params, values, *where = samples("scatter_values_", device)[0]
+    for bad, given in (
+        ([strided, params[1]], values),
+        ([params[0], params[1].half()], values),
+        (params, values.half()),
+        (params, torch.rand(2 * values.numel(), device=device)[::2]),
+    ):
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            ops.scatter_values_(bad, given, *where)
 
 
 def clone(value: Any) -> Any:

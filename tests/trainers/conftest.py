@@ -69,8 +69,8 @@ def configure(settings: Callable[..., list[str]]) -> Callable[..., Config]:
     """The configuration of such a run."""
 
     def build(folder: Path, changes: dict[str, Any] | None = None) -> Config:
-        from sparseopt import config
+        from sparseopt import config, schemas
 
-        return config.load(config.DPO, None, settings(folder, changes))
+        return config.load(schemas.DPO, None, settings(folder, changes))
 
     return build

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.trainer_callback import TrainerCallback
 
 import sparseopt as so
-from sparseopt.trainers.attach import sparse_optimizer
+from sparseopt.trainers.attachment import sparse_optimizer
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -267,3 +267,14 @@ def test_grpo_trainer(tmp_path: Path) -> None:
     so.attach(trainer, masks)
     trainer.train()
     assert check_frozen(model, start, masks) > 0
+
+
+def test_public_names_are_not_shadowed_by_modules() -> None:
+    """`from sparseopt.trainers import attach` gives the function, whatever was imported before."""
+    import importlib
+
+    import sparseopt.trainers as package
+
+    for name in package.__all__:
+        importlib.import_module(package._PUBLIC[name])
+        assert callable(getattr(package, name)), name

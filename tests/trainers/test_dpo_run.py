@@ -16,13 +16,13 @@ import torch
 
 import sparseopt as so
 from sparseopt import models
-from sparseopt.trainers import dpo
+from sparseopt.trainers import dpo, run
 
 Config = dict[str, dict[str, Any]]
 Configure = Callable[..., Config]
 
 FILES = {
-    "before.json", "config.json", "mask.safetensors", "metrics.jsonl", "report.md", "results.json",
+    "before.json", "config.json", "mask.safetensors", "metrics.jsonl", "report.md", "results.json", "timing_info.json",
     "trained_entries.safetensors", "training.json", "training.png",
 }  # fmt: skip
 
@@ -64,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, configure: Configure) -> 
 def test_writes_the_documented_files(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {*FILES, "model"}
     for name in FILES - {"training.png"}:
-        assert name in str(dpo.__doc__), name
+        assert name in str(run.__doc__), name
     assert steps(finished) == list(range(1, 11))
     for line in (finished / "metrics.jsonl").read_text().splitlines():
         assert {"loss", "grad_norm", "rewards/margins", "rewards/accuracies"} <= json.loads(line).keys()
@@ -145,7 +145,6 @@ def test_same_settings_give_the_same_weights_and_the_mask_file_too(
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "random": {"mask.method": "random", "mask.sparsity": 0.9},
-    "full": {"mask.method": None},
     "bf16": {"model.dtype": "bfloat16", "mask.scope": "per_tensor"},
     "fp16": {"model.dtype": "float16", "optimizer.master_weights": False},
     "accumulation": {"training.gradient_accumulation_steps": 3, "mask.granularity": 16, "mask.sparsity": 0.8},
@@ -166,7 +165,7 @@ def test_variants(variant: str, tmp_path: Path, configure: Configure, tiny_folde
     assert check_against_base(folder, base) > 0
     assert steps(folder) == [2, 3], "the last step is logged whatever logging_steps"
     assert "greedy" not in found["after"]
-    sparsity = 0.0 if variant == "full" else config["mask"]["sparsity"]
+    sparsity = config["mask"]["sparsity"]
     left_out = {"rows": ("embed_tokens", "norm"), "checkpointing": ("embed_tokens",)}.get(variant, ())
     eligible = {
         name: value.numel()
@@ -187,7 +186,7 @@ def test_variants(variant: str, tmp_path: Path, configure: Configure, tiny_folde
         elif variant in ("rows", "columns"):
             other = 1 if variant == "rows" else 0
             assert (mask.any(other) == mask.all(other)).all(), name
-    if variant in ("random", "full"):
+    if variant == "random":
         assert "batches" not in masks.metadata
 
 
@@ -221,14 +220,14 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 DRIVER = """
 import json, os, signal, sys
 from transformers import TrainerCallback
-from sparseopt.trainers import callbacks, dpo
+from sparseopt.trainers import callbacks, run
 
 class Stop(callbacks.MetricsFile):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step + 1 == int(os.environ["STOP_AT"]):
             os.kill(os.getpid(), getattr(signal, os.environ["STOP_WITH"]))
 
-dpo.MetricsFile = Stop
+run.MetricsFile = Stop
 from sparseopt.cli import main
 sys.argv[0] = "sparseopt"
 main()
@@ -303,20 +302,20 @@ def test_stopped_while_evaluating(
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Before training a continued run starts over; after it, nothing is trained again."""
-    folder, evaluate = tmp_path / "run", dpo._evaluate
+    folder, evaluate = tmp_path / "run", dpo.DpoRun.evaluate
 
-    def stop(*args: Any) -> dict[str, Any]:
-        if args[4] == when:
+    def stop(self: dpo.DpoRun, model: Any, now: str) -> dict[str, Any]:
+        if now == when:
             raise KeyboardInterrupt
-        return evaluate(*args)
+        return evaluate(self, model, now)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "_evaluate", stop)
+        patch.setattr(dpo.DpoRun, "evaluate", stop)
         with pytest.raises(KeyboardInterrupt):
             dpo.run(configure(folder))
     assert f"--resume --output_dir {folder}" in capfd.readouterr().err
     if when == "after":
-        monkeypatch.setattr(dpo, "_make_trainer", lambda *args: pytest.fail("trains again"))
+        monkeypatch.setattr(dpo.DpoRun, "make_trainer", lambda *args, **kwargs: pytest.fail("trains again"))
     dpo.run(configure(folder, {"training.resume": True}))
     assert {path.name for path in folder.iterdir()} == {*FILES, "model"}
     trained = so.Delta.load(folder / "trained_entries.safetensors")
@@ -359,7 +358,7 @@ def test_command_fails_with_one_sentence(tmp_path: Path, settings: Callable[...,
 def test_errors_come_before_the_work(
     tmp_path: Path, configure: Configure, pairs_file: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dpo, "_evaluate", lambda *args: pytest.fail("evaluates first"))
+    monkeypatch.setattr(dpo.DpoRun, "evaluate", lambda *args: pytest.fail("evaluates first"))
     lacking = tmp_path / "lacking.jsonl"
     lacking.write_text('{"prompt": "w1", "chosen": "w2"}\n')
     part = so.MaskSet.load(finished / "mask.safetensors")
@@ -392,15 +391,15 @@ def test_reference_is_trls_own(tmp_path: Path, configure: Configure) -> None:
 
     from sparseopt import data
 
-    config = configure(tmp_path / "run")
-    model = models.load_model(config["model"]["name"])
-    tokenizer = models.load_tokenizer(config["model"]["name"])
-    pairs, _ = dpo._load_pairs(config)
-    arguments = dpo._arguments(config, tmp_path / "run", torch.device("cpu"))
-    ours = dpo._make_trainer(model, tokenizer, pairs, arguments).train_dataset
+    run = dpo.DpoRun(configure(tmp_path / "run", {"training.reference": "precompute"}))
+    name = run.config["model"]["name"]
+    run.device, run.model, run.tokenizer = torch.device("cpu"), models.load_model(name), models.load_tokenizer(name)
+    run.load_data()
+    pairs, arguments = run.pairs, run.arguments()
+    ours = run.make_trainer(arguments, processing_class=run.tokenizer).train_dataset
     theirs = DPOTrainer(
-        model=models.load_model(config["model"]["name"]), args=arguments, train_dataset=data.to_dataset(pairs),
-        processing_class=tokenizer,
+        model=models.load_model(name), args=arguments, train_dataset=data.to_dataset(pairs),
+        processing_class=run.tokenizer,
     ).train_dataset  # fmt: skip
     assert len(ours) == len(theirs) == len(pairs)
     for column in ("ref_chosen_logps", "ref_rejected_logps"):

@@ -11,22 +11,20 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import sparseopt as so
 from sparseopt import models
-from sparseopt.trainers import dpo
+from sparseopt.trainers.dpo import DpoRun
 from sparseopt.trainers.scoring import gradient_scores, scored_parameters
 
 Configure = Callable[..., dict[str, dict[str, Any]]]
 
 
 def dpo_trainer(config: dict[str, dict[str, Any]], folder: Path) -> Any:
-    name = config["model"]["name"]
-    dpo.set_seed(0)
-    model, tokenizer = models.load_model(name, config["model"]["dtype"]), models.load_tokenizer(name)
-    pairs, _ = dpo._load_pairs(config)
-    return dpo._make_trainer(model, tokenizer, pairs, dpo._arguments(config, folder, torch.device("cpu")))
+    set_seed(0)
+    config["output"]["dir"] = str(folder)
+    return DpoRun(config).untrained(torch.device("cpu"))
 
 
 def plain_trainer(model: Any, folder: Path, size: int = 8, **options: Any) -> Trainer:

@@ -162,6 +162,11 @@ class _Adapter(TrainerCallback):
         assert self._optimizer is not None
         return self._optimizer.grad_norm_buffer()
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """State is there before the first step, which then takes as long as the others."""
+        if self._optimizer is not None:
+            self._optimizer.initialize_state()
+
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Nothing stays changed after training."""
         for param in self._frozen:
