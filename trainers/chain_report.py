@@ -96,7 +96,7 @@ def _page(runs: dict[str, dict[str, Any]], found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["stage_seconds"].items())
     timing = (
-        "\n## Timing baseline\n\n![Timing](timing.png)\n\n" + _timing_table(found["timing"])
+        "\n## Timing baseline\n\n![Timing](timing.png)\n\n" + _timing_table(found["timing"]) + "\n"
         if "timing" in found
         else ""
     )

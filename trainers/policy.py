@@ -114,7 +114,13 @@ def find_masks(config: Config, trainer: Trainer, model: PreTrainedModel) -> so.M
     if settings["method"] == "gradient":
         # Parameters that are not scored need no memory: one zero, expanded.
         scores = {name: torch.zeros(()).expand(p.shape) for name, p in model.named_parameters()}
-        scores.update(gradient_scores(trainer, settings["batches"], include, exclude))
+        measured = gradient_scores(trainer, settings["batches"], include, exclude)
+        if not any(bool(score.any()) for score in measured.values()):
+            raise ValueError(
+                f"the gradients of {settings['batches']} batches are all zero, they cannot choose weights (in GRPO: no group "
+                "of completions had different rewards); give more mask.batches, an easier task, or a mask file."
+            )
+        scores.update(measured)
         found["batches"] = settings["batches"]
     else:
         generator = torch.Generator().manual_seed(config["training"]["seed"])

@@ -77,6 +77,7 @@ def draw_curve(axis: Any, entries: list[dict[str, float]], key: str, color: str,
     for value in values:
         mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * value, SMOOTHING * weight + (1 - SMOOTHING)
         smooth.append(mean / weight)
+    axis.xaxis.get_major_locator().set_params(integer=True)  # there is no half a step
     axis.plot(steps, values, color=color, alpha=0.3, linewidth=1, label="_single steps")
     axis.plot(steps, smooth, color=color, linewidth=2, label=label)
 

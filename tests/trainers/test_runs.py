@@ -273,3 +273,11 @@ def test_errors_come_first(
     with pytest.raises((ValueError, FileNotFoundError), match=text):
         RUN[method](make(method, tmp_path / "run", changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_rewards_that_never_differ_cannot_choose_a_mask(tmp_path: Path, make: Callable[..., Any]) -> None:
+    flat = tmp_path / "flat.py"
+    flat.write_text("def zero(completions, **columns):\n    return [0.0] * len(completions)\n")
+    changes = {**WAYS["sparse"], "rewards.functions": f"[{flat}:zero]"}
+    with pytest.raises(ValueError, match="no group of completions had different rewards"):
+        grpo.run(make("grpo", tmp_path / "run", changes))
