@@ -44,7 +44,9 @@ _MASK = {
     "granularity": Setting("1", str, "unit of the mask", ("1", "8", "16", "32", "row", "column")),
     "batches": Setting(8, int, "batches of real gradients that score the weights"),
     "include": Setting([], list, "only parameters whose names match one of these patterns"),
-    "exclude": Setting([], list, "no parameters whose names match one of these patterns"),
+    "exclude": Setting(
+        None, list, "no parameters whose names match one of these patterns; default: the embedding and the output head"
+    ),
     "mlp_only": Setting(False, bool, "train the mask's entries in MLP parameters only"),
 }
 _LORA = {

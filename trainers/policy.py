@@ -87,7 +87,7 @@ def given_masks(config: Config, model: PreTrainedModel) -> so.MaskSet | None:
     settings = config["mask"]
     if settings["path"] is None:
         if settings["method"] is not None:
-            scored_parameters(model, _include(settings), settings["exclude"])
+            scored_parameters(model, _include(settings), _exclude(settings, model))
         return None
     masks = resolve_names(model, so.MaskSet.load(settings["path"]))
     missing = [name for name, _ in model.named_parameters() if name not in masks]
@@ -109,7 +109,7 @@ def given_masks(config: Config, model: PreTrainedModel) -> so.MaskSet | None:
 def find_masks(config: Config, trainer: Trainer, model: PreTrainedModel) -> so.MaskSet:
     """The masks of ``mask.method``, over every parameter of the model."""
     settings = config["mask"]
-    include, exclude = _include(settings) or None, settings["exclude"] or None
+    include, exclude = _include(settings) or None, _exclude(settings, model) or None
     found: dict[str, Any] = {"base_model": config["model"]["name"]}
     if settings["method"] == "gradient":
         # Parameters that are not scored need no memory: one zero, expanded.
@@ -133,6 +133,17 @@ def find_masks(config: Config, trainer: Trainer, model: PreTrainedModel) -> so.M
 
 def _include(settings: dict[str, Any]) -> list[str]:
     return settings["include"] or (["mlp"] if settings["mlp_only"] else [])
+
+
+def _exclude(settings: dict[str, Any], model: PreTrainedModel) -> list[str]:
+    """The patterns given, or the names of embedding and output head.
+
+    Their gradients are the largest, and where the two are tied the head's would wait in backward for the embedding's.
+    """
+    if settings["exclude"] is not None:
+        return settings["exclude"]
+    ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    return [name for name, param in model.named_parameters() if id(param) in ends]
 
 
 def lora_config(config: Config) -> Any:

@@ -50,7 +50,7 @@ def make(tiny_folder: Path, pairs_file: Path, rows_file: Path, reward_file: Path
             "model.name": tiny_folder, "data.name": pairs_file if method == "dpo" else rows_file, "data.n_eval": 6,
             "optimizer.learning_rate": 0.01, "training.n_steps": 4, "training.batch_size": 2,
             "training.device": "cpu", "evaluation.max_new_tokens": 4, "output.dir": folder,
-            "delta_log.dir": tmp_path / "log", "delta_log.save_base": "never",
+            "delta_log.dir": tmp_path / "log", "delta_log.save_base": "never", "mask.exclude": "[]",
         }  # fmt: skip
         own: dict[str, dict[str, Any]] = {
             "dpo": {"training.max_length": 32, "evaluation.n_generate": 3},
@@ -281,3 +281,14 @@ def test_rewards_that_never_differ_cannot_choose_a_mask(tmp_path: Path, make: Ca
     changes = {**WAYS["sparse"], "rewards.functions": f"[{flat}:zero]"}
     with pytest.raises(ValueError, match="no group of completions had different rewards"):
         grpo.run(make("grpo", tmp_path / "run", changes))
+
+
+def test_embedding_and_head_are_left_out_by_default(
+    tmp_path: Path, make: Callable[..., Any], tiny_folder: Path
+) -> None:
+    changes = {**WAYS["sparse"], "mask.exclude": None, "training.n_steps": 1}
+    masks = so.MaskSet.load(sft.run(make("sft", tmp_path / "run", changes)) / "mask.safetensors")
+    base = weights(tiny_folder)
+    rest = sum(p.numel() for name, p in base.items() if name != "model.embed_tokens.weight")
+    assert masks.count("model.embed_tokens.weight") == 0
+    assert masks.active_parameters == round(0.1 * rest)
