@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparseopt.columns import MATH_SYSTEM, first_rows, load_table, preference_columns, prompt_columns, sft_columns
-from sparseopt.rewards import extract_answer, verifiable_reward
+from sparseopt.rewards import extract_answer, score, verifiable_reward
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,18 +94,6 @@ def near_miss(answer: str, rng: random.Random) -> str | None:
             parts[i], parts[i + 1] = parts[i + 1], parts[i]
             return opening + separator.join(parts) + closing
     return None
-
-
-def score(answer: str | None, entry: dict[str, Any]) -> float:
-    """Scores ``answer`` with the task's own scorer: 1.0 is right.
-
-    Args:
-        answer: what was said; None scores 0.
-        entry: the reasoning-gym entry ("question", "answer", "metadata" with "source_dataset").
-    """
-    import reasoning_gym
-
-    return float(reasoning_gym.get_score_answer_fn(entry["metadata"]["source_dataset"])(answer, entry))
 
 
 def preference_pairs(

@@ -42,6 +42,7 @@ __all__ = [
     "gold_answer",
     "load_rewards",
     "math_reward",
+    "score",
     "show_completions",
     "verifiable_reward",
 ]
@@ -86,6 +87,18 @@ def _text(completion: Any) -> str:
 
 
 # ---- built-in rewards ------------------------------------------------------------------------------------------------
+def score(answer: str | None, entry: dict[str, Any]) -> float:
+    """Scores ``answer`` with the task's own scorer: 1.0 is right.
+
+    Args:
+        answer: what was said; None scores 0.
+        entry: the reasoning-gym entry ("question", "answer", "metadata" with "source_dataset").
+    """
+    import reasoning_gym
+
+    return float(reasoning_gym.get_score_answer_fn(entry["metadata"]["source_dataset"])(answer, entry))
+
+
 def verifiable_reward(completions: Sequence[Any], answer: Sequence[str], **columns: Any) -> list[float]:
     """``answer``: the task's own score of each final answer.
 
@@ -98,8 +111,6 @@ def verifiable_reward(completions: Sequence[Any], answer: Sequence[str], **colum
     Returns:
         One reward per completion, 0.0 to 1.0.
     """
-    from sparseopt.data import score
-
     entries = columns.get("entry") or [None] * len(answer)
     rewards = []
     for completion, right, entry in zip(completions, answer, entries, strict=True):

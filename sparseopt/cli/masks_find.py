@@ -75,7 +75,7 @@ def find(
             "--exclude",
             metavar="PATTERN...",
             help="No parameters whose names match one of these. Embeddings take part unless excluded; the training "
-            "commands exclude embed_tokens where they find a mask themselves.",
+            "commands leave embedding and head out where they find a mask themselves.",
         ),
     ] = None,
     allow_zero_scores: Annotated[
