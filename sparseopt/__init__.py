@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparseopt.functional import pack_mask as pack_mask
     from sparseopt.functional import popcount as popcount
     from sparseopt.functional import unpack_mask as unpack_mask
+    from sparseopt.masks.collect import GradientEMA as GradientEMA
     from sparseopt.masks.find import find_masks as find_masks
     from sparseopt.masks.maskset import MaskSet as MaskSet
     from sparseopt.masks.operations import compare as compare
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Delta": "sparseopt.deltas.delta",
     "DeltaLog": "sparseopt.deltas.log",
+    "GradientEMA": "sparseopt.masks.collect",
     "MaskSet": "sparseopt.masks.maskset",
     "SparseAdamW": "sparseopt.optim.sparse_adamw",
     "attach": "sparseopt.trainers.attachment",

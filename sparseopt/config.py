@@ -11,6 +11,7 @@ import os
 import tomllib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,8 @@ def _warn(sentences: Iterable[str]) -> None:
 def _value(name: str, setting: Setting, value: Any) -> Any:
     if value is None and setting.default is None:
         return None
+    if setting.several and isinstance(value, list):
+        return [_value(name, replace(setting, several=False), item) for item in value]
     if isinstance(value, str) and value.startswith("${"):  # an interpolation of an override, checked when resolved
         return value
     if setting.kind is float and isinstance(value, int) and not isinstance(value, bool):

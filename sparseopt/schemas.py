@@ -13,13 +13,15 @@ __all__ = ["CHAIN", "DPO", "FLAGS", "GRPO", "METHODS", "SFT", "Schema", "Setting
 class Setting:
     """One key: its default, type and meaning.
 
-    ``kind`` is the type of a value (``float`` takes integers too); None is allowed where it is the default.
+    ``kind`` is the type of a value (``float`` takes integers too); None is allowed where it is the default, and a list of
+    values where ``several`` is set.
     """
 
     default: Any
     kind: type
     help: str
     choices: tuple[str, ...] = ()
+    several: bool = False
 
 
 Schema = Mapping[str, Mapping[str, Setting]]
@@ -48,6 +50,31 @@ _MASK = {
         None, list, "no parameters whose names match one of these patterns; default: the embedding and the output head"
     ),
     "mlp_only": Setting(False, bool, "train the mask's entries in MLP parameters only"),
+}
+_MASK_LOADING = {
+    "enabled": Setting(
+        False, bool, "train under a mask from the Hub instead of one that mask.path or mask.method gives"
+    ),
+    "hf_repo_id": Setting(None, str, "repository of the masks, or a folder with the same layout"),
+    "step": Setting(None, int, "step of the masks; default: the latest"),
+}
+_GRAD_ACC = {
+    "enabled": Setting(False, bool, "accumulate squared gradients (EMA) and make masks of them while training"),
+    "beta": Setting(0.99, float, "decay rate of the accumulation"),
+    "epsilon": Setting(1e-8, float, "added to the mean under the root of the RMS"),
+    "save_interval": Setting(1, int, "steps between two saved accumulations (4 bytes per trained entry)"),
+    "tolerance": Setting(
+        1e-5, float, "accumulated SQUARED gradients above this are active; a list: one mask each", several=True
+    ),
+    "save_masks": Setting(True, bool, "save masks in grad_acc/ of the run folder"),
+    "mask_save_interval": Setting(None, int, "steps between two masks; default: save_interval"),
+    "upload_to_hf": Setting(False, bool, "upload masks to the Hub, beside training"),
+    "hf_repo_id": Setting(None, str, "repository to upload to"),
+    "hf_upload_interval": Setting(None, int, "steps between two uploads; default: mask_save_interval"),
+    "hf_private": Setting(True, bool, "make a new repository private"),
+    "bias_correction": Setting(False, bool, "divide the accumulation by 1 - beta^t before it is compared"),
+    "offload": Setting(False, bool, "keep the accumulation in the host's memory: slower, no device memory"),
+    "keep_accumulations": Setting(3, int, "newest saved accumulations to keep, beside those of checkpoints; -1: all"),
 }
 _LORA = {
     "enabled": Setting(False, bool, "train a PEFT adapter instead of the weights"),
@@ -129,6 +156,7 @@ DPO: Schema = {
         **_STYLE,
     },
     "mask": _MASK,
+    "mask_loading": _MASK_LOADING,
     "lora": _LORA,
     "optimizer": _OPTIMIZER,
     "training": _training(
@@ -142,6 +170,7 @@ DPO: Schema = {
         max_length=Setting(1024, int, "tokens per sequence"),
     ),
     "delta_log": _DELTA_LOG,
+    "grad_acc": _GRAD_ACC,
     "tracking": _TRACKING,
     "evaluation": {
         "batch_size": Setting(8, int, "pairs per batch"),
@@ -166,6 +195,7 @@ GRPO: Schema = {
         "completions": Setting(200, int, "sampled completions kept in completions.jsonl, evenly over the run"),
     },
     "mask": _MASK,
+    "mask_loading": _MASK_LOADING,
     "lora": _LORA,
     "optimizer": {**_OPTIMIZER, "learning_rate": Setting(1e-5, float, "peak learning rate")},
     "training": _training(
@@ -182,6 +212,7 @@ GRPO: Schema = {
         scale_rewards=Setting("group", str, "what advantages are divided by", ("group", "batch", "none")),
     ),
     "delta_log": _DELTA_LOG,
+    "grad_acc": _GRAD_ACC,
     "tracking": _TRACKING,
     "evaluation": {
         "batch_size": Setting(16, int, "prompts per batch"),
@@ -199,6 +230,7 @@ SFT: Schema = {
         **_STYLE,
     },
     "mask": _MASK,
+    "mask_loading": _MASK_LOADING,
     "lora": _LORA,
     "optimizer": _OPTIMIZER,
     "training": _training(
@@ -209,6 +241,7 @@ SFT: Schema = {
         packing=Setting(False, bool, "several conversations per sequence"),
     ),
     "delta_log": _DELTA_LOG,
+    "grad_acc": _GRAD_ACC,
     "tracking": _TRACKING,
     "evaluation": {
         "batch_size": Setting(8, int, "conversations per batch"),

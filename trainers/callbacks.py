@@ -1,7 +1,11 @@
-"""Trainer callbacks that commands share: progress with the loss, a metrics file, and stopping without losing anything."""
+"""Trainer callbacks that commands share: progress with the loss, a metrics file, and stopping without losing anything.
+
+And what callbacks that report values share: :func:`come_first` and :func:`add_to_entry`.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -10,16 +14,19 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from sparseopt._files import atomic_write
 from sparseopt.progress import Progress
 
-__all__ = ["InterruptGuard", "MetricsFile", "StepTimer", "TrainProgress"]
+__all__ = ["InterruptGuard", "MetricsFile", "StepTimer", "TrainProgress", "add_to_entry", "calling", "come_first"]
+
+T = TypeVar("T")
 
 
 # logged key -> label beside the bar
@@ -203,3 +210,37 @@ def _quantiles(seconds: list[float]) -> dict[str, float] | None:
         return None
     low, median, high = np.quantile(seconds, (0.2, 0.5, 0.8))
     return {"median": round(float(median), 6), "p20": round(float(low), 6), "p80": round(float(high), 6)}
+
+
+# ---- values for trackers -------------------------------------------------------------------------------------------------
+def calling(kind: type[T]) -> T | None:
+    """The innermost object of a class in whose method this call happens; None if there is none.
+
+    Trainers hand their callbacks neither themselves nor the handler that holds them.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, kind):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def come_first(callback: TrainerCallback) -> None:
+    """Moves a callback, from its ``on_train_begin``, before the trackers', which come before a user's.
+
+    They all see one ``logs`` in turn: what this callback adds to it in ``on_log`` reaches them.
+    """
+    handler = calling(CallbackHandler)
+    if handler is not None:
+        others = [other for other in handler.callbacks if other is not callback]
+        # In place, because the handler is going through the list: all others after this one keep their places.
+        handler.callbacks[:] = [callback, *others]
+
+
+def add_to_entry(values: dict[str, Any], logs: dict[str, Any], state: TrainerState) -> None:
+    """Adds values to a log entry, and to the copy that the trainer put into ``log_history`` before it asked anybody."""
+    logs.update(values)
+    if state.log_history and state.log_history[-1].get("step") == state.global_step:
+        state.log_history[-1].update(values)

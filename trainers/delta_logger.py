@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from sparseopt.deltas.base import SaveBase
 from sparseopt.deltas.log import DeltaLog
 from sparseopt.deltas.statistics import AGGREGATES
 from sparseopt.optim.sparse_adamw import SparseAdamW
+from sparseopt.trainers.callbacks import add_to_entry, come_first
 
-__all__ = ["DeltaLogger", "Schedule", "parse_schedule"]
+__all__ = ["DeltaLogger", "Schedule", "parse_schedule", "sparse_of"]
 
 DEFAULTS = {"dpo": "10,20,30,40,100,150,200", "grpo": "10:80:10,100:1000:100"}
 FORMS = "steps (10,20,30), ranges with both ends (10:80:10), every:N, or one of " + ", ".join(DEFAULTS)
@@ -175,7 +174,7 @@ class DeltaLogger(TrainerCallback):
             return
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise ValueError("DeltaLogger cannot log sharded weights: train on one GPU or with DDP.")
-        self._come_first()
+        come_first(self)
         if self._active:  # an earlier training of this trainer ended in an error
             self.close()
         resume = state.global_step or (0 if self._restart else None)
@@ -187,7 +186,7 @@ class DeltaLogger(TrainerCallback):
                     model: Any = None, optimizer: Any = None, **kw: Any) -> None:  # fmt: skip
         last = self._final and state.global_step == state.max_steps
         if self._active and (last or state.global_step in self.schedule):
-            self.log.record(state.global_step, _sparse(optimizer) or model)
+            self.log.record(state.global_step, sparse_of(optimizer) or model)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **kw: Any) -> None:  # fmt: skip
@@ -201,10 +200,7 @@ class DeltaLogger(TrainerCallback):
         self._reported = newest["step"]
         values = {f"subnet/{key}": newest[key] for key in AGGREGATES if newest[key] is not None}
         values["subnet/step"] = newest["step"]
-        logs.update(values)
-        # The trainer put a copy there before it asked anybody.
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(values)
+        add_to_entry(values, logs, state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self.close()
@@ -223,23 +219,8 @@ class DeltaLogger(TrainerCallback):
     ) -> None:
         self.close()
 
-    def _come_first(self) -> None:
-        """Moves this callback before the trackers', which come before a user's: they all see one ``logs`` in turn.
 
-        Trainers hand their callbacks neither themselves nor the list; the handler is who is calling.
-        """
-        frame = inspect.currentframe()
-        while frame is not None:
-            handler = frame.f_locals.get("self")
-            if isinstance(handler, CallbackHandler):
-                others = [callback for callback in handler.callbacks if callback is not self]
-                # In place, because the handler is going through the list: all others after this one keep their places.
-                handler.callbacks[:] = [self, *others]
-                return
-            frame = frame.f_back
-
-
-def _sparse(optimizer: Any) -> SparseAdamW | None:
+def sparse_of(optimizer: Any) -> SparseAdamW | None:
     """The SparseAdamW within what accelerate may have wrapped around it."""
     while optimizer is not None and not isinstance(optimizer, SparseAdamW):
         optimizer = getattr(optimizer, "optimizer", None)

@@ -36,9 +36,16 @@ def way_of(config: Config) -> Way:
     """How a run trains.
 
     Raises:
-        ValueError: a mask and LoRA were both asked for.
+        ValueError: a mask and LoRA were both asked for, or two masks.
     """
+    loading = config["mask_loading"]
     masked = config["mask"]["path"] is not None or config["mask"]["method"] is not None
+    if loading["enabled"]:
+        if not loading["hf_repo_id"]:
+            raise ValueError("mask_loading.enabled needs mask_loading.hf_repo_id, such as 'user/model-gradient-masks'.")
+        if masked:
+            raise ValueError("mask_loading takes a mask from the Hub: leave out mask.path and mask.method.")
+        masked = True
     if config["lora"]["enabled"]:
         if masked:
             raise ValueError("LoRA trains an adapter, a mask weights of the model: ask for one of them.")
@@ -83,18 +90,23 @@ def load_policy(config: Config, device: torch.device) -> PreTrainedModel:
 
 # ---- masks -------------------------------------------------------------------------------------------------------------
 def given_masks(config: Config, model: PreTrainedModel) -> so.MaskSet | None:
-    """The masks of ``mask.path``, which must cover every parameter; or checks that the patterns leave some."""
-    settings = config["mask"]
-    if settings["path"] is None:
+    """The masks of ``mask.path`` or the Hub, which must cover every parameter; or checks that the patterns leave some."""
+    settings, source = config["mask"], config["mask"]["path"]
+    if config["mask_loading"]["enabled"]:
+        from sparseopt.hub import load_masks_from_hf
+
+        source, step = config["mask_loading"]["hf_repo_id"], config["mask_loading"]["step"]
+        loaded = load_masks_from_hf(source, "latest" if step is None else step)
+    elif source is not None:
+        loaded = so.MaskSet.load(source)
+    else:
         if settings["method"] is not None:
             scored_parameters(model, _include(settings), _exclude(settings, model))
         return None
-    masks = resolve_names(model, so.MaskSet.load(settings["path"]))
+    masks = resolve_names(model, loaded)
     missing = [name for name, _ in model.named_parameters() if name not in masks]
     if missing:
-        raise ValueError(
-            f"the mask {settings['path']!r} lacks {len(missing)} parameters of the model, such as {missing[0]!r}."
-        )
+        raise ValueError(f"the mask {source!r} lacks {len(missing)} parameters of the model, such as {missing[0]!r}.")
     if settings["mlp_only"]:
         kept = {
             name: masks.packed(name) if is_mlp(name) else torch.zeros_like(masks.packed(name)) for name in masks.names
@@ -102,7 +114,7 @@ def given_masks(config: Config, model: PreTrainedModel) -> so.MaskSet | None:
         masks = so.MaskSet(kept, masks.shapes, {**masks.metadata, "mlp_only": True})
     if not masks.active_parameters:
         where = " in MLP parameters" if settings["mlp_only"] else ""
-        raise ValueError(f"the mask {settings['path']!r} has no active entry{where}: nothing would train.")
+        raise ValueError(f"the mask {source!r} has no active entry{where}: nothing would train.")
     return masks
 
 

@@ -4,9 +4,9 @@
 
 A method (:mod:`~sparseopt.trainers.dpo`, :mod:`~sparseopt.trainers.grpo`, :mod:`~sparseopt.trainers.sft`) supplies its
 data, its TRL trainer and its evaluation. The run folder holds ``config.json``, ``mask.safetensors`` (under a mask),
-``before.json``, ``metrics.jsonl``, ``timing_info.json``, ``checkpoint-N/`` until training is done, ``training.json`` (its
-cost), the outcome (``trained_entries.safetensors``, ``adapter/`` or ``model/``), ``results.json``, ``training.png`` and
-``report.md``.
+``before.json``, ``metrics.jsonl``, ``timing_info.json``, ``grad_acc/`` (masks collected while training, if asked for),
+``checkpoint-N/`` until training is done, ``training.json`` (its cost), the outcome (``trained_entries.safetensors``,
+``adapter/`` or ``model/``), ``results.json``, ``training.png`` and ``report.md``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from sparseopt.trainers.attachment import attach, sparse_optimizer
 from sparseopt.trainers.bookkeeping import cost_of, tracking, versions
 from sparseopt.trainers.callbacks import InterruptGuard, MetricsFile, StepTimer, TrainProgress
 from sparseopt.trainers.delta_logger import DeltaLogger, parse_schedule
+from sparseopt.trainers.mask_collector import collector_of
 from sparseopt.trainers.report import write_report
 from sparseopt.trainers.run_folder import RunFolder
 
 __all__ = ["Run", "say"]
 
 Config = dict[str, dict[str, Any]]
+MASK = "mask.safetensors"
 
 
 class Run(abc.ABC):
@@ -69,6 +71,7 @@ class Run(abc.ABC):
         self.way = policy.way_of(config)
         self.slug = models.sanitize_name(config["model"]["name"])
         self.folder = RunFolder(Path(config["output"]["dir"] or f"checkpoints_{self.slug}_{self.method}"), config)
+        self.collector = collector_of(config, self.folder.path, self.way)
         self.model: PreTrainedModel
         self.tokenizer: Any
         self.device: torch.device
@@ -120,11 +123,12 @@ class Run(abc.ABC):
         set_seed(config["training"]["seed"])
         schedule = self._schedule()
         self._load_model()
-        given = policy.given_masks(config, self.model)
+        resume = config["training"]["resume"]
+        # A mask that the run has is not loaded again: the latest one on the Hub may be another by now.
+        given = None if resume and (path / MASK).is_file() else policy.given_masks(config, self.model)
         described = self.load_data()
         arguments = self.arguments()
         say(described)
-        resume = config["training"]["resume"]
         self.folder.begin(resume)
         if resume:
             checkpoint = self.folder.checkpoint
@@ -185,7 +189,7 @@ class Run(abc.ABC):
         timer, guard, progress = StepTimer(path / "timing_info.json"), InterruptGuard(), TrainProgress()
         logger = self._delta_logger(schedule) if schedule else None
         callbacks: list[TrainerCallback] = [MetricsFile(path / "metrics.jsonl"), timer]
-        callbacks += [logger] if logger is not None else []
+        callbacks += [callback for callback in (logger, self.collector) if callback is not None]
         # Tokenisation bars flash by; the long parts (reference, scoring, training, evaluation) have bars of their own.
         disable_progress_bars()
         lora = {"peft_config": policy.lora_config(self.config)} if self.way == "lora" else {}
@@ -211,7 +215,7 @@ class Run(abc.ABC):
             trainer.add_callback(callback)
         try:
             # As a context the logger tells of an error of its last record, whatever else ended training.
-            with guard, logger or contextlib.nullcontext():
+            with guard, logger or contextlib.nullcontext(), self.collector or contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=str(self.folder.checkpoint) if self.folder.checkpoint else None)
         except BaseException as error:
             progress.close(error)
@@ -237,7 +241,7 @@ class Run(abc.ABC):
 
     def _masks(self, trainer: Trainer, given: so.MaskSet | None) -> so.MaskSet:
         """The masks of this run: what its folder has already, was given, or is found. They cover every parameter."""
-        kept = self.folder.path / "mask.safetensors"
+        kept = self.folder.path / MASK
         if kept.is_file():
             return so.MaskSet.load(kept)
         masks = given if given is not None else policy.find_masks(self.config, trainer, self.model)

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseopt.cli import deltas_patch
+from sparseopt.cli import deltas_patch, deltas_push
 from sparseopt.cli._command import Command, DebugFlag, DeviceOption, JsonFlag, example, group, print_json
 
-app = group("deltas", help="Look at delta logs, rebuild checkpoints from them, make weight patches.")
+app = group("deltas", help="Look at delta logs, rebuild checkpoints from them, make weight patches, share deltas.")
 
 Log = Annotated[Path, typer.Option("--delta_log_dir", metavar="DIR", help="Folder of the delta log.")]
 
@@ -125,3 +125,4 @@ def _cpu(device: str) -> None:
 
 
 app.command("patch", cls=Command, epilog=deltas_patch.EXAMPLE)(deltas_patch.patch)
+app.command("push", cls=Command, epilog=deltas_push.EXAMPLE)(deltas_push.push)

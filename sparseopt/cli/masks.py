@@ -1,4 +1,4 @@
-"""``sparseopt masks``: find, look at, compare and merge mask files."""
+"""``sparseopt masks``: find, look at, compare, merge, draw and export mask files."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparseopt.cli import masks_find
+from sparseopt.cli import masks_export, masks_find, masks_hub, masks_plot
 from sparseopt.cli._command import Command, DebugFlag, DeviceOption, JsonFlag, example, group, print_json
 
 if TYPE_CHECKING:
     from sparseopt import MaskSet
 
-app = group("masks", help="Find masks; look at, compare and merge mask files (.safetensors or .pt).")
+app = group("masks", help="Find masks; look at, compare, merge and draw mask files (.safetensors or .pt).")
 app.command("find", cls=Command, epilog=masks_find.EXAMPLE)(masks_find.find)
 
 PerLayerFlag = Annotated[bool, typer.Option("--per_layer", help="One line per parameter as well.")]
 
 
 def _load(path: Path, device: str) -> MaskSet:
-    if device not in ("auto", "cpu"):
-        raise typer.BadParameter(f"mask files are handled on the CPU: --device is auto or cpu, got {device!r}.")
+    _require_cpu(device)
     from sparseopt import MaskSet
 
     return MaskSet.load(path)
+
+
+def _require_cpu(device: str) -> None:
+    if device not in ("auto", "cpu"):
+        raise typer.BadParameter(f"mask files are handled on the CPU: --device is auto or cpu, got {device!r}.")
 
 
 @app.command("info", cls=Command, epilog=example("sparseopt masks info mask.safetensors --per_layer"))
@@ -72,60 +76,112 @@ def _layer(masks: MaskSet, name: str) -> dict[str, Any]:
     return {"shape": list(shape), "active": active, "density": active / total if total else 0.0}
 
 
-@app.command("compare", cls=Command, epilog=example("sparseopt masks compare a.safetensors b.safetensors --json"))
+@app.command(
+    "compare",
+    cls=Command,
+    epilog=example(
+        "sparseopt masks compare a.safetensors b.safetensors --per_kind --json",
+        "sparseopt masks compare step_10.safetensors step_20.safetensors step_30.safetensors",
+    ),
+)
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Mask file.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Mask file over the same parameters.")],
+    files: Annotated[list[Path], typer.Argument(metavar="A B [C...]", help="Mask files over the same parameters.")],
     per_layer: PerLayerFlag = False,
+    per_kind: Annotated[
+        bool, typer.Option("--per_kind", help="One line per kind of module, projection and layer as well.")
+    ] = False,
     device: DeviceOption = "auto",
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Say how much two masks agree: Jaccard index (and its value expected by chance), overlap, Hamming distance."""
-    import sparseopt
+    """Say how much masks agree: Jaccard index (and its value expected by chance), overlap, Hamming distance.
 
-    result = sparseopt.compare(_load(a, device), _load(b, device))
-    layers = result["per_layer"]
+    Three masks or more are compared in pairs.
+    """
+    _require_cpu(device)
+    if len(files) < 2:
+        raise typer.BadParameter("comparing takes at least two mask files.")
+    from sparseopt.masks.operations import compare_many
+
+    found = compare_many(files)
+    groups = {"per_layer": per_layer, "per_kind": per_kind, "per_projection": per_kind, "per_block": per_kind}
+    for pair in found["pairs"]:
+        left, right = pair.pop("left"), pair.pop("right")
+        if len(files) == 2:
+            if json:
+                print_json(pair)
+            else:
+                _print_comparison(pair, groups)
+            return
+        for key in [key for key, wanted in groups.items() if not wanted]:
+            del pair[key]
+        pair |= {"left": str(files[left]), "right": str(files[right])}
+        if not json:
+            print(f"{files[left]} and {files[right]}:")
+            _print_comparison(pair, groups, "  ")
     if json:
-        print_json(result)
-        return
-    print(f"jaccard {result['jaccard']:.6f} (by chance {result['chance_jaccard']:.6f})")
-    print(f"overlap {result['overlap']:.6f}")
-    print(f"hamming {result['hamming']}")
-    for name, values in layers.items() if per_layer else ():
-        text = values if not isinstance(values, dict) else ", ".join(f"{k} {_number(v)}" for k, v in values.items())
-        print(f"  {name}: {text}")
+        print_json({"files": [str(file) for file in files], **found})
 
 
-def _number(value: Any) -> str:
-    return f"{value:.6f}" if isinstance(value, float) else str(value)
+def _print_comparison(result: dict[str, Any], groups: dict[str, bool], indent: str = "") -> None:
+    print(f"{indent}jaccard {result['jaccard']:.6f} (by chance {result['chance_jaccard']:.6f})")
+    print(f"{indent}overlap {result['overlap']:.6f}")
+    print(f"{indent}hamming {result['hamming']}")
+    for key, wanted in groups.items():
+        for name, values in result[key].items() if wanted else ():
+            label = f"layer {name}" if key == "per_block" else name
+            print(f"{indent}  {label}: {', '.join(f'{measure} {value:.6f}' for measure, value in values.items())}")
 
 
 @app.command(
     "merge",
     cls=Command,
-    epilog=example("sparseopt masks merge a.safetensors b.safetensors --how union --output both.safetensors"),
+    epilog=example(
+        "sparseopt masks merge a.safetensors b.safetensors --how union --output both.safetensors",
+        "sparseopt masks merge a.safetensors b.safetensors c.safetensors --how weighted --weights 1,2,0.5 \\",
+        "    --sparsity 0.975 --output merged.safetensors",
+    ),
 )
 def merge(
     files: Annotated[list[Path], typer.Argument(metavar="A B...", help="Mask files over the same parameters.")],
     output: Annotated[
         Path, typer.Option("--output", metavar="FILE", help="Where to write: .safetensors, or .pt for bool tensors.")
     ],
-    how: Annotated[str, typer.Option("--how", help="union, intersection or majority.")] = "union",
+    how: Annotated[str, typer.Option("--how", help="union, intersection, majority or weighted.")] = "union",
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weights", metavar="W...", help="weighted: a number for each file (default: 1 each)."),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="weighted: least sum of weights (default: half of them all).")
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option("--sparsity", min=0, max=1, help="weighted: instead, the exact share that stays inactive."),
+    ] = None,
     device: DeviceOption = "auto",
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Merge masks: entries active in any, in all, or in more than half of them."""
-    if how not in ("union", "intersection", "majority"):
-        raise typer.BadParameter(f"--how must be union, intersection or majority, got {how!r}.")
+    """Merge masks: entries active in any, in all, or in more than half of them, or by weights of the masks.
+
+    Weighted: an entry scores the summed weights of the masks in which it is active.
+    """
+    if how not in ("union", "intersection", "majority", "weighted"):
+        raise typer.BadParameter(f"--how must be union, intersection, majority or weighted, got {how!r}.")
+    if how != "weighted" and (weights or threshold is not None or sparsity is not None):
+        raise typer.BadParameter(f"--weights, --threshold and --sparsity belong to --how weighted, got --how {how}.")
+    if threshold is not None and sparsity is not None:
+        raise typer.BadParameter("give --threshold or --sparsity, not both.")
+    numbers = _numbers(weights, len(files))
     if output.suffix not in (".safetensors", ".pt"):
         raise typer.BadParameter(f"--output must end in .safetensors or .pt, got {str(output)!r}.")
     if len(files) < 2:
         raise typer.BadParameter("merging takes at least two mask files.")
     import sparseopt
 
-    merged = sparseopt.merge([_load(file, device) for file in files], how=how)
+    loaded = [_load(file, device) for file in files]
+    merged = sparseopt.merge(loaded, how=how, weights=numbers, threshold=threshold, sparsity=sparsity)
     merged.save(output, format="pt" if output.suffix == ".pt" else "safetensors")
     if json:
         print_json(
@@ -138,3 +194,22 @@ def merge(
         )
     else:
         print(f"{output}: {merged.active_parameters:,} of {merged.total_parameters:,} entries active")
+
+
+masks_hub.register(app)
+
+
+def _numbers(given: list[str] | None, count: int) -> list[float] | None:
+    if not given:
+        return None
+    try:
+        numbers = [float(number) for text in given for number in text.split(",") if number.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"--weights takes numbers, got {' '.join(given)!r}.") from None
+    if len(numbers) != count:
+        raise typer.BadParameter(f"--weights takes a number for each of the {count} files, got {len(numbers)}.")
+    return numbers
+
+
+app.command("plot", cls=Command, epilog=masks_plot.EXAMPLE)(masks_plot.plot)
+app.command("export", cls=Command, epilog=masks_export.EXAMPLE)(masks_export.export)

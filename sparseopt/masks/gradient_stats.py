@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sparseopt._files import FormatError, atomic_path
-from sparseopt._safetensors import TensorFile
+from sparseopt._files import FormatError
+from sparseopt._safetensors import TensorFile, write_tensors
 from sparseopt.masks._pieces import Scores
 from sparseopt.masks.maskset import normalize_name
 
@@ -47,9 +46,9 @@ def save_gradient_stats(
     if kind not in ("per_sample", "batch") or count < 1:
         raise ValueError(f"kind must be 'per_sample' or 'batch' and count at least 1, got {kind!r} and {count}.")
     about = {**metadata, "format": FORMAT, "version": str(VERSION), "kind": kind, "count": str(count)}
-    tensors = {normalize_name(name): tensor.detach().cpu().contiguous() for name, tensor in squares.items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, about)
+    specs = {normalize_name(name): (tensor.shape, tensor.dtype) for name, tensor in squares.items()}
+    # One tensor of another device is copied at a time.
+    write_tensors(path, specs, (tensor.detach().cpu() for tensor in squares.values()), about)
 
 
 class GradientScores(Scores):

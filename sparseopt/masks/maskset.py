@@ -17,29 +17,15 @@ import torch
 from torch import Tensor
 
 from sparseopt import functional
+from sparseopt.masks._names import normalize_name
 
 __all__ = ["DERIVED_METADATA", "Granularity", "MaskSet", "granularity_of", "normalize_name"]
 
 Granularity = int | str
 
 GRANULARITIES: tuple[Granularity, ...] = (1, 8, 16, 32, "row", "column")
-# Components that wrappers put into parameter names. `module` (DDP, DataParallel) is stripped at the front only: inside
-# a name it may be a model's own attribute.
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # Metadata that follows from the bits; always present, always computed.
 DERIVED_METADATA = ("total_parameters", "active_parameters", "active_fraction", "sparsity")
-
-
-def normalize_name(name: str) -> str:
-    """Parameter name without what wrappers add: leading ``module.``, and ``_orig_mod.``, ``_fsdp_wrapped_module.`` and
-    ``_checkpoint_wrapped_module.`` anywhere."""
-    if "module" not in name and "_orig_mod" not in name:
-        return name
-    *path, last = name.split(".")
-    path = [part for part in path if part not in WRAPPERS]
-    while path and path[0] == "module":
-        path.pop(0)
-    return ".".join([*path, last])
 
 
 def granularity_of(value: object) -> Granularity:
@@ -319,7 +305,13 @@ class MaskSet:
         return MaskSet(packed, self._shapes, copy_bits=False)
 
     # ---- files -------------------------------------------------------------------------------------------------------
-    def save(self, path: str | os.PathLike[str], format: str | None = None, compress: bool = False) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        format: str | None = None,
+        compress: bool = False,
+        parent: MaskSet | str | os.PathLike[str] | None = None,
+    ) -> None:
         """Writes a mask file, whole or not at all.
 
         Args:
@@ -327,18 +319,23 @@ class MaskSet:
             format: ``"safetensors"`` (packed bits, metadata, checksum) or ``"pt"`` (a plain dict of bool tensors, one
                 byte per entry, no metadata); by default what the suffix says.
             compress: safetensors only: lossless compression of the bits.
+            parent: with ``compress``: store only what differs from this set or mask file, which :meth:`load` then needs
+                in the same folder; it may itself be stored against another.
+
+        Raises:
+            ValueError: an unusable name, format or combination; the parent is the file to be written.
         """
         from sparseopt.masks import files
 
-        files.save(self, path, format, compress)
+        files.save(self, path, format, compress, parent)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:
-        """Reads a mask file of either format.
+        """Reads a mask file of either format, and the files it is stored against, from its folder.
 
         Raises:
             FileNotFoundError: there is no such file.
-            sparseopt.FormatError: it is damaged, truncated, something else, or of a newer version.
+            sparseopt.FormatError: it is damaged, truncated, something else, or of a newer version; a parent is missing.
         """
         from sparseopt.masks import files
 

@@ -11,6 +11,7 @@ A hook runs for every parameter in every backward pass, while the GPU waits for 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,12 +46,18 @@ class _Slot:
         if gradient is not None:
             arena = self.capture.home(self, param, gradient)
             if arena is not None:
+                if self.capture.observer is not None:
+                    self.capture.observer(param, gradient)
                 param.grad = None
                 self.capture.take(self, arena, gradient)
 
 
 class GradientCapture:
-    """The hooks of one optimizer and what they have captured since the last step."""
+    """The hooks of one optimizer and what they have captured since the last step.
+
+    Attributes:
+        observer: called with each parameter and its dense gradient before that is dropped.
+    """
 
     def __init__(self, optimizer: SparseAdamW) -> None:
         # The parameters own the hooks: strong references to the optimizer or to parameters would keep them alive.
@@ -60,6 +67,7 @@ class GradientCapture:
         self._touched: list[_Slot] = []
         self._waiting: list[_Slot] = []
         self._waiting_bytes = 0
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
         self.arm()
 
     def arm(self) -> None:

@@ -324,6 +324,14 @@ class SparseAdamW(Optimizer):
         """Steps skipped because of a non-finite gradient norm or an overflow that a GradScaler found."""
         return 0 if self._skipped is None else int(self._skipped)
 
+    def observe_gradients(self, observer: Callable[[Tensor, Tensor], None] | None) -> None:
+        """Shows every gradient to ``observer(param, gradient)`` before capture drops it; None ends that.
+
+        Without capture nothing is called: gradients stay in ``param.grad``. The observer must not write to them.
+        """
+        if self._capture is not None:
+            self._capture.observer = observer
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards gradients, captured ones included."""
         if self._capture is not None:

@@ -129,7 +129,7 @@ def test_a_small_model_follows_its_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_model_follows_its_trainer_on_few_bytes(tmp_path: Path, record_property: Any) -> None:
+def test_a_real_model_follows_its_trainer_on_few_bytes(tmp_path: Path) -> None:
     from sparseopt.models import load_tokenizer, resolve
 
     tokenizer = load_tokenizer("smollm2")
@@ -137,6 +137,5 @@ def test_a_real_model_follows_its_trainer_on_few_bytes(tmp_path: Path, record_pr
     prompt = list(prompt["input_ids"]) if not isinstance(prompt, list) else prompt
     target = tokenizer("Sunday Saturday Friday Thursday Wednesday Tuesday Monday")["input_ids"]
     shares = train_and_serve(resolve("smollm2"), prompt, [target] * 4, 16, 5e-3, tmp_path)
-    record_property("share_of_bf16_checkpoint", max(shares))
     # (4 bytes of index + 2 of value) / 2 bytes for each of 2.5% of the entries, and the file's header.
     assert 0.07 < min(shares) <= max(shares) <= 0.08

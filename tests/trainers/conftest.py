@@ -55,7 +55,8 @@ def settings(tiny_folder: Path, pairs_file: Path) -> Callable[..., list[str]]:
     def build(folder: Path, changes: dict[str, Any] | None = None) -> list[str]:
         values: dict[str, Any] = {
             "model.name": tiny_folder, "data.name": pairs_file, "data.n_train": 14, "data.n_eval": 6,
-            "mask.method": "gradient", "mask.batches": 3, "mask.exclude": "[]", "optimizer.learning_rate": 0.01, "optimizer.weight_decay": 0.1,
+            "mask.method": "gradient", "mask.batches": 3, "mask.exclude": "[]",
+            "optimizer.learning_rate": 0.01, "optimizer.weight_decay": 0.1,
             "training.n_steps": 10, "training.batch_size": 2, "training.max_length": 32, "training.device": "cpu",
             "evaluation.n_generate": 3, "evaluation.max_new_tokens": 4, "output.dir": folder, **(changes or {}),
         }  # fmt: skip

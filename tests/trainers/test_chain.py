@@ -99,21 +99,19 @@ def test_errors_come_before_the_work(settings: list[str], tmp_path: Path, change
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_chain_of_the_real_model_in_a_shorter_form(tmp_path: Path) -> None:
-    training = "n_steps: 4, batch_size: 4, max_length: 256, seed: 0"
     changes = [
         "chain.timing_steps=2", "chain.gradient_batches=2", "chain.methods=[magnitude, fisher, ground_truth, random]",
-        f"dpo.training={{{training}, warmup_steps: 1, loss_type: [sigmoid, sft], loss_weights: [1.0, 0.5]}}",
-        "dpo.evaluation={batch_size: 20, n_generate: 8}", "dense_dpo.delta_log={schedule: '2,4'}",
-        "sparse_dpo.delta_log={schedule: '2,4'}",
-        "grpo.training={n_steps: 2, batch_size: 2, num_generations: 4, max_completion_length: 20, beta: 0.02, seed: 0}",
-        "chain.device=cpu",
+        "dpo.data.n_train=16", "dpo.data.n_eval=20", "dpo.training.n_steps=4", "dpo.training.warmup_steps=1",
+        "dpo.evaluation.n_generate=8", "dense_dpo.delta_log.schedule='2,4'", "sparse_dpo.delta_log.schedule='2,4'",
+        "grpo.data.n_eval=20", "grpo.training.n_steps=2", "grpo.training.batch_size=2", "chain.device=cpu",
     ]  # fmt: skip
     folder = tmp_path / "chain"
     process = subprocess.run(
         [sys.executable, "-m", "sparseopt", "train", "chain", "--config", str(CONFIG), "--output_dir", str(folder),
          "--json", "--set", *changes],
-        capture_output=True, text=True, timeout=590, check=False,
+        capture_output=True, text=True, timeout=1400, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-4000:]
     assert json.loads(process.stdout) == {"output_dir": str(folder)}

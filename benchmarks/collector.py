@@ -1,0 +1,199 @@
+"""What collecting gradient masks adds to a training step: with and without GradientEMA, in turns, on one model.
+
+    python -m sparseopt.benchmarks.collector --shape qwen2.5-0.5b --batch 8 --sequence 1024 --output collector.json
+
+A turn is one step without and one with the collector (forward, backward, update, clipping, optimizer); which comes first
+alternates. Warm-up turns are left out. What a mask step costs (the masks, their file, the RMS) is timed apart and spread over
+``--mask_interval`` steps. Weights are random. Nothing is timed unless an update agrees with the formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import sparseopt as so
+from sparseopt._files import atomic_write
+from sparseopt.benchmarks.interleaved import environment
+from sparseopt.progress import Progress, announce_device
+from sparseopt.shapes import SHAPES, build_shape
+
+__all__ = ["main", "measure"]
+
+WARM_UP = 3
+ARMS = ("dense", "masked", "captured")
+TOLERANCE = 1e-9
+
+
+def measure(
+    shape: str,
+    device: torch.device,
+    *,
+    arm: str = "dense",
+    batch: int = 8,
+    sequence: int = 1024,
+    rounds: int = 20,
+    dtype: torch.dtype = torch.bfloat16,
+    density: float = 0.025,
+    mask_interval: int = 1000,
+    offload: bool = False,
+) -> dict[str, Any]:
+    """Times one arm.
+
+    Args:
+        shape: a key of :data:`sparseopt.shapes.SHAPES`.
+        device: where.
+        arm: "dense" (fused AdamW and clipping over all gradients), "masked" (SparseAdamW) or "captured" (its gradients
+            captured during backward).
+        batch, sequence: tokens of a step.
+        rounds: timed turns.
+        dtype: of the weights.
+        density: of the masked arms' random mask.
+        mask_interval: steps that the cost of one mask step is spread over.
+        offload: keep the accumulation on the host.
+
+    Returns:
+        ``step_ms`` of both ways (median, p20, p80), ``update_share`` (what the updates add to a step), ``mask_step_ms`` by
+        part, ``overhead`` (updates and mask steps, against a step without), and what it was measured with.
+    """
+    model: Any = build_shape(shape, device=device, dtype=dtype).train()
+    optimizer = _optimizer(model, arm, density)
+    ema = so.GradientEMA(model, offload=offload)
+    size = SHAPES[shape.lower()].vocabulary
+    tokens = torch.randint(size, (batch, sequence), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def backward() -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+
+    def step(collecting: bool) -> None:
+        if isinstance(optimizer, so.SparseAdamW):
+            optimizer.observe_gradients(ema.take if collecting else None)
+        backward()
+        if collecting:
+            ema.update()
+        if arm == "dense":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.zero_grad()
+
+    _check(model, backward, dtype)
+    optimizer.zero_grad()
+    times: dict[bool, list[float]] = {False: [], True: []}
+    with Progress("turns", WARM_UP + rounds, unit="turn") as progress:
+        for turn in range(WARM_UP + rounds):
+            for collecting in (False, True) if turn % 2 else (True, False):
+                milliseconds = _time(lambda collecting=collecting: step(collecting), device)  # type: ignore[misc]
+                if turn >= WARM_UP:
+                    times[collecting].append(milliseconds)
+            progress.update()
+    parts = _mask_step(ema, device)
+    without, with_ = (_quantiles(times[collecting]) for collecting in (False, True))
+    added = with_["median"] - without["median"]
+    result: dict[str, Any] = {
+        "shape": shape, "arm": arm, "batch": batch, "sequence": sequence, "dtype": str(dtype).removeprefix("torch."),
+        "offload": offload, "rounds": rounds, "weights": "random",
+        "parameters": sum(p.numel() for p in model.parameters()), "accumulation_bytes": ema.nbytes,
+        "step_ms": {"without": without, "with": with_},
+        "update_share": added / without["median"],
+        "mask_step_ms": parts,
+        "mask_interval": mask_interval,
+        "overhead": (added + sum(parts.values()) / mask_interval) / without["median"],
+        "environment": environment(),
+    }  # fmt: skip
+    if device.type == "cuda":
+        result["environment"]["device"] = torch.cuda.get_device_name(device)
+        result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    return result
+
+
+def _optimizer(model: nn.Module, arm: str, density: float) -> torch.optim.Optimizer:
+    if arm == "dense":
+        return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    masks = so.MaskSet.random(model, density)
+    return so.SparseAdamW(
+        model.named_parameters(), lr=1e-6, masks=masks, max_grad_norm=1.0, capture_gradients=arm == "captured"
+    )
+
+
+def _check(model: nn.Module, backward: Callable[[], None], dtype: torch.dtype) -> None:
+    """Two updates against the formula, of the first matrix; gradients of a captured arm are observed by nobody here."""
+    name, param = next((n, p) for n, p in model.named_parameters() if p.dim() == 2 and "proj" in n)
+    one = so.GradientEMA(nn.ParameterDict({"w": param}), beta=0.9)
+    expected = torch.zeros_like(param, dtype=torch.float64)
+    for seed in range(2):
+        gradient = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed)).to(param.device, dtype)
+        one.take(param, gradient)
+        one.update()
+        expected = 0.9 * expected + 0.1 * gradient.double() ** 2
+        param.grad = None
+    if not torch.allclose(one["w"].double(), expected, rtol=1e-5, atol=0):
+        raise SystemExit(f"the accumulation of {name!r} does not follow the formula; no speed is reported.")
+    backward()  # what the first backward pass allocates and compiles
+
+
+def _mask_step(ema: so.GradientEMA, device: torch.device) -> dict[str, float]:
+    """Milliseconds of the parts of a step at which a mask is made and saved."""
+    found: list[so.MaskSet] = []
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            "rms": _time(ema.rms_mean, device),
+            "masks": _time(lambda: found.append(ema.masks(TOLERANCE)), device),
+            "save_masks": _time(lambda: found[0].save(Path(folder) / "mask.safetensors", compress=True), device),
+        }
+
+
+def _time(run: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds from an idle device to an idle device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    low, median, high = (
+        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    )
+    return {"median": median, "p20": low, "p80": high}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; prints JSON."""
+    parser = argparse.ArgumentParser(prog="sparseopt.benchmarks.collector", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="qwen2.5-0.5b", choices=sorted(SHAPES))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--sequence", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--density", type=float, default=0.025)
+    parser.add_argument("--mask_interval", type=int, default=1000)
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path)
+    given = vars(parser.parse_args(arguments))
+    device, output, arms = announce_device(given.pop("device")), given.pop("output"), given.pop("arms")
+    given["dtype"] = getattr(torch, given["dtype"])
+    results = [
+        measure(given["shape"], device, arm=arm, **{k: v for k, v in given.items() if k != "shape"}) for arm in arms
+    ]
+    text = json.dumps(results, indent=2)
+    if output is not None:
+        atomic_write(output, text)
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""GradientEMA: an exponential moving average of squared gradients, and masks of the entries where it is large.
+
+    acc_t = beta acc_{t-1} + (1 - beta) g_t^2          fp32, of the parameter's shape
+    active = acc > tolerance                           the tolerance applies to the SQUARED gradient: 1e-5 is |g| of 0.003
+    rms = sqrt(mean(acc) + epsilon)                    of each parameter; rms_mean is the mean of these
+
+Decay costs no memory traffic: what is stored is acc / scale, with scale = beta^k for the k updates since it was last 1. An
+update is one ``addcmul`` (10 bytes of traffic per bf16 gradient entry instead of 20); reading multiplies the scale in.
+Nothing in an update waits for the device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from sparseopt import functional
+from sparseopt._files import FormatError
+from sparseopt._safetensors import TensorFile
+from sparseopt.masks.gradient_stats import FORMAT, VERSION, save_gradient_stats
+from sparseopt.masks.maskset import MaskSet, normalize_name
+
+__all__ = ["GradientEMA"]
+
+SMALLEST_SCALE = 2.0**-20  # then it is multiplied in: what is stored stays far from fp32's limits
+PIECE = 1 << 24  # entries moved between host and device at a time, 64 MiB
+METHOD = "gradient_ema"
+
+
+class GradientEMA:
+    """Accumulates the squared gradients of a model's trained parameters.
+
+    Call :meth:`update` once per optimizer step, between the last ``backward()`` and clipping. Under a SparseAdamW that
+    captures gradients nothing is left in ``.grad`` by then: ``optimizer.observe_gradients(ema.take)`` shows them before
+    they are dropped. They are then kept until the update, as dense gradients would be without capture.
+
+    Parameters that are frozen (``requires_grad=False``) when this is made are not accumulated; :meth:`masks` has them with
+    nothing active. Tied parameters count once. A parameter without a gradient in a step had the gradient zero. A NaN or an
+    infinity in a gradient stays in the accumulation (NaN is inactive), except under a loss scale.
+
+    Attributes:
+        beta, epsilon, bias_correction, offload: as given.
+        updates: number of updates; those skipped on the device because of an overflow included.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        beta: float = 0.99,
+        epsilon: float = 1e-8,
+        *,
+        bias_correction: bool = False,
+        offload: bool = False,
+    ) -> None:
+        """Allocates 4 bytes per trained entry.
+
+        Args:
+            model: whose parameters; on its final device.
+            beta: decay rate, 0 <= beta < 1.
+            epsilon: added to the mean under the root.
+            bias_correction: divide by ``1 - beta^t`` whenever the accumulation is compared or averaged (not in files).
+            offload: keep the accumulation in pinned memory of the host; every update moves it to the device and back.
+
+        Raises:
+            ValueError: numbers out of range, or a model in which nothing trains.
+            TypeError: a complex parameter.
+        """
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta must lie in [0, 1), got {beta}.")
+        if not (epsilon >= 0 and math.isfinite(epsilon)):
+            raise ValueError(f"epsilon must be a finite number, 0 or more, got {epsilon}.")
+        self.beta, self.epsilon = float(beta), float(epsilon)
+        self.bias_correction, self.offload = bias_correction, offload
+        self.updates = 0
+        self._skipped: Tensor | None = None  # int64[] on the device
+        self._scale = 1.0
+        self._shapes = {normalize_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+        trained = {normalize_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        for name, param in trained.items():
+            if param.is_complex():
+                raise TypeError(f"gradients of real parameters can be accumulated, {name!r} is {param.dtype}.")
+        if not trained:
+            raise ValueError(f"{type(model).__name__} has no parameter that trains (requires_grad=True).")
+        self._names, self._params = list(trained), list(trained.values())
+        self._positions = {id(param): i for i, param in enumerate(self._params)}
+        self._stored = _pinned(self._params) if offload else [_zeros(p, p.device) for p in self._params]
+        self._taken: dict[int, Tensor] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters that are accumulated."""
+        return list(self._names)
+
+    @property
+    def frozen(self) -> list[str]:
+        """Parameters that are not: they did not train."""
+        return [name for name in self._shapes if name not in set(self._names)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the accumulation."""
+        return sum(4 * param.numel() for param in self._params)
+
+    # ---- gradients -----------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def take(self, param: Tensor, gradient: Tensor) -> None:
+        """Adds a gradient that will not be in ``param.grad`` at the update, as autograd would have added it there.
+
+        Args:
+            param: one of the model's parameters; others are ignored.
+            gradient: of its shape; kept until the update, not copied, and not written to.
+        """
+        i = self._positions.get(id(param))
+        if i is not None:
+            before = self._taken.get(i)
+            self._taken[i] = gradient.detach() if before is None else before + gradient
+
+    def discard(self) -> None:
+        """Forgets gradients that came through :meth:`take` since the last update."""
+        self._taken.clear()
+
+    @torch.no_grad()
+    def update(self, grad_scale: Tensor | None = None) -> None:
+        """Accumulates this step's gradient: what is in ``.grad``, and what was taken.
+
+        Args:
+            grad_scale: loss scale that the gradients still carry (``torch.amp.GradScaler``), one number on the device. With
+                it, a step whose gradients are not all finite changes nothing.
+
+        Raises:
+            RuntimeError: there is no gradient at all, or a sparse one, or a parameter has moved to another device.
+        """
+        gradients = self._gradients()
+        if not gradients:
+            raise RuntimeError(
+                "update() found no gradient: call it after backward() and before zero_grad() (under gradient capture, "
+                "after optimizer.observe_gradients(ema.take))."
+            )
+        decay: float | Tensor | None = None  # what the stored numbers are multiplied by
+        inverse: Tensor | None = None
+        scale = self._scale * self.beta
+        if grad_scale is not None:
+            norms = torch._foreach_norm(list(gradients.values()), math.inf)
+            finite = torch.stack([norm.isfinite().to(grad_scale.device) for norm in norms]).all()
+            inverse = grad_scale.double().reciprocal().float() * finite
+            decay = torch.where(finite, scale, self._scale)
+            self._skipped = (~finite).long() + (0 if self._skipped is None else self._skipped)
+            scale = 1.0
+        elif scale < SMALLEST_SCALE:
+            decay, scale = scale, 1.0
+        weight = (1 - self.beta) / scale
+        if self.offload:
+            self._update_offloaded(gradients, decay, weight, inverse)
+        else:
+            self._update_in_place(gradients, decay, weight, inverse)
+        self._scale = scale
+        self.updates += 1
+        self._taken.clear()
+
+    def _gradients(self) -> dict[int, Tensor]:
+        result = dict(self._taken)
+        for i, param in enumerate(self._params):
+            if param.grad is not None:
+                result[i] = result[i] + param.grad if i in result else param.grad.detach()
+        for i, gradient in result.items():
+            if gradient.layout is not torch.strided:
+                raise RuntimeError(f"sparse gradients cannot be accumulated (parameter {self._names[i]!r}).")
+            if not self.offload and gradient.device != self._stored[i].device:
+                raise RuntimeError(
+                    f"the gradient of {self._names[i]!r} is on {gradient.device}, its accumulation on "
+                    f"{self._stored[i].device}: make the GradientEMA after the model has moved."
+                )
+        return result
+
+    def _update_in_place(
+        self, gradients: dict[int, Tensor], decay: float | Tensor | None, weight: float, inverse: Tensor | None
+    ) -> None:
+        if decay is not None:
+            for stored in _by_device(self._stored):
+                torch._foreach_mul_(stored, decay if isinstance(decay, float) else decay.float().to(stored[0].device))
+        # Lists of one dtype and device: fp32 gradients take few launches, 16-bit ones a launch each.
+        lists: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for i, gradient in gradients.items():
+            stored, arrived = lists.setdefault((gradient.device, gradient.dtype), ([], []))
+            stored.append(self._stored[i])
+            arrived.append(gradient)
+        for stored, arrived in lists.values():
+            if inverse is None:
+                torch._foreach_addcmul_(stored, arrived, arrived, weight)
+            else:
+                for squares, gradient in zip(stored, arrived, strict=True):
+                    _add_unscaled(squares, gradient, weight, inverse)
+
+    def _update_offloaded(
+        self, gradients: dict[int, Tensor], decay: float | Tensor | None, weight: float, inverse: Tensor | None
+    ) -> None:
+        """Piece by piece, on the stream that made the gradients: copies from and to pinned memory wait for nobody."""
+        for i, param in enumerate(self._params):
+            gradient = gradients.get(i)
+            if gradient is None and decay is None:
+                continue
+            device = param.device if gradient is None else gradient.device
+            flat = None if gradient is None else gradient.reshape(-1)
+            for start in range(0, param.numel(), PIECE):
+                home = self._stored[i].view(-1)[start : start + PIECE]
+                squares = home.to(device, non_blocking=True)
+                if decay is not None:
+                    squares.mul_(decay if isinstance(decay, float) else decay.float().to(device))
+                if flat is not None and inverse is None:
+                    part = flat[start : start + PIECE]
+                    squares.addcmul_(part, part, value=weight)
+                elif flat is not None and inverse is not None:
+                    _add_unscaled(squares, flat[start : start + PIECE], weight, inverse)
+                if squares is not home:  # a CPU tensor is its own copy
+                    home.copy_(squares, non_blocking=True)
+
+    # ---- what was accumulated ----------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def _settle(self) -> list[Tensor]:
+        """The accumulation itself, its scale multiplied in: fp32, one tensor per parameter. Waits for offloaded copies."""
+        if self.offload:
+            for device in {param.device for param in self._params if param.is_cuda}:
+                torch.cuda.synchronize(device)
+        if self._scale != 1.0:
+            for stored in _by_device(self._stored):
+                torch._foreach_mul_(stored, self._scale)
+            self._scale = 1.0
+        return self._stored
+
+    @property
+    def count(self) -> int:
+        """Updates that counted: all but those skipped because of an overflow. Waits for the device under a loss scale."""
+        return self.updates - (0 if self._skipped is None else int(self._skipped))
+
+    def _correction(self) -> float:
+        """What the accumulation is divided by."""
+        count = self.count if self.bias_correction else 0
+        return 1 - self.beta**count if count else 1.0
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A copy of one parameter's accumulation, not bias-corrected: fp32, of its shape, where it is kept."""
+        if normalize_name(name) not in self._names:
+            raise KeyError(f"nothing is accumulated for {name!r}.")
+        return self._settle()[self._names.index(normalize_name(name))].clone()
+
+    @torch.no_grad()
+    def rms_mean(self) -> float:
+        """Mean over the accumulated parameters of ``sqrt(mean(acc) + epsilon)``. Waits for the device."""
+        divisor = self._correction()
+        means = [stored.mean() for stored in self._settle() if stored.numel()]
+        if not means:
+            return 0.0
+        stacked = torch.stack([mean.to(means[0].device) for mean in means]).double()
+        return float((stacked / divisor + self.epsilon).sqrt().mean())
+
+    @overload
+    def masks(self, tolerance: float) -> MaskSet: ...
+    @overload
+    def masks(self, tolerance: Sequence[float]) -> list[MaskSet]: ...
+    @torch.no_grad()
+    def masks(self, tolerance: float | Sequence[float]) -> MaskSet | list[MaskSet]:
+        """The entries whose accumulated squared gradient exceeds a tolerance, over all parameters of the model.
+
+        Args:
+            tolerance: of the squared gradient, 0 or more; several give one MaskSet each, in one pass.
+
+        Raises:
+            ValueError: a tolerance that is not a finite number, 0 or more, or none.
+        """
+        limits = check_tolerances(tolerance)
+        count, divisor = self.count, self._correction()
+        packed: list[dict[str, Tensor]] = [{} for _ in limits]
+        stored = dict(zip(self._names, self._settle(), strict=True))
+        for name, shape in self._shapes.items():
+            for bits, limit in zip(packed, limits, strict=True):
+                if name in stored:
+                    bits[name] = functional.pack_mask(stored[name] > limit * divisor).cpu()
+                else:
+                    bits[name] = torch.zeros((math.prod(shape) + 7) // 8, dtype=torch.uint8)
+        about = {"method": METHOD, "beta": self.beta, "epsilon": self.epsilon, "updates": count,
+                 "bias_correction": self.bias_correction, "frozen_parameters": len(self._shapes) - len(stored)}  # fmt: skip
+        sets = [
+            MaskSet(bits, self._shapes, {"tolerance": limit, **about}, copy_bits=False)
+            for bits, limit in zip(packed, limits, strict=True)
+        ]
+        return sets if isinstance(tolerance, Sequence) else sets[0]
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+    def save(self, path: str | os.PathLike[str], **metadata: str) -> None:
+        """Writes the accumulation, whole or not at all: gradient statistics that ``sparseopt masks find`` reads too.
+
+        Args:
+            path: target, ``.safetensors``, 4 bytes per trained entry. Frozen parameters are only named in the metadata.
+            metadata: further text.
+
+        Raises:
+            ValueError: there was no update yet.
+        """
+        count = self.count
+        if not count:
+            raise ValueError("there is nothing to save: no update has accumulated a gradient yet.")
+        about = {
+            **metadata, "accumulation": METHOD, "beta": repr(self.beta), "epsilon": repr(self.epsilon),
+            "bias_correction": json.dumps(self.bias_correction), "frozen": json.dumps(self.frozen),
+        }  # fmt: skip
+        save_gradient_stats(path, dict(zip(self._names, self._settle(), strict=True)), "batch", count, **about)
+
+    @torch.no_grad()
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Continues from a file of :meth:`save`, exactly.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            sparseopt.FormatError: it is damaged, or no accumulation of this class.
+            ValueError: it is of other parameters or another beta.
+        """
+        with TensorFile(path) as file:
+            about = file.metadata
+            if about.get("format") != FORMAT or about.get("accumulation") != METHOD:
+                raise FormatError(f"'{path}' holds no accumulation of gradients (format {about.get('format')!r}).")
+            if about.get("version") != str(VERSION):
+                raise FormatError(
+                    f"'{path}' is of version {about.get('version')!r}; this release reads version {VERSION}."
+                )
+            try:
+                beta, count = float(about["beta"]), int(about["count"])
+            except (KeyError, ValueError) as error:
+                raise FormatError(f"'{path}' is damaged: its beta or count is missing or no number.") from error
+            if beta != self.beta:
+                raise ValueError(f"'{path}' was accumulated with beta={beta}, not {self.beta}.")
+            for name, stored in zip(self._names, self._stored, strict=True):
+                if file.shapes.get(name) != tuple(stored.shape):
+                    raise ValueError(
+                        f"'{path}' does not fit the model: {name!r} has shape {list(stored.shape)} there and "
+                        f"{list(file.shapes[name]) if name in file.shapes else 'none'} in the file."
+                    )
+                if file.dtypes.get(name) != torch.float32:
+                    raise FormatError(f"'{path}' is damaged: {name!r} is not fp32.")
+            extra = sorted(file.shapes.keys() - set(self._names))
+            if extra:
+                raise ValueError(f"'{path}' does not fit the model: {extra[0]!r} does not train here.")
+            self._settle()  # copies that are under way write to the same memory
+            for name, stored in zip(self._names, self._stored, strict=True):
+                for start in range(0, stored.numel(), PIECE):
+                    piece = file.read(name, start, start + PIECE)
+                    stored.view(-1)[start : start + PIECE].copy_(piece)
+        self.updates, self._skipped = count, None
+        self._taken.clear()
+
+
+def check_tolerances(tolerance: float | Sequence[float]) -> list[float]:
+    """One or more tolerances as a list.
+
+    Raises:
+        ValueError: none, or one that is not a finite number, 0 or more.
+    """
+    limits = list(tolerance) if isinstance(tolerance, Sequence) and not isinstance(tolerance, str) else [tolerance]
+    for limit in limits:
+        number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        if not number or not 0 <= limit < math.inf:
+            raise ValueError(f"tolerance must be a finite number, 0 or more, or a list of such, got {tolerance!r}.")
+    if not limits or len(set(limits)) < len(limits):
+        raise ValueError(f"tolerance must be one number or several different ones, got {tolerance!r}.")
+    return [float(limit) for limit in limits]
+
+
+def _add_unscaled(squares: Tensor, gradient: Tensor, weight: float, inverse: Tensor) -> None:
+    """Adds the square of gradient x inverse; ``inverse`` is 0 where the step overflowed (0 x inf would be NaN)."""
+    unscaled = gradient.float().mul_(inverse.to(gradient.device)).nan_to_num_(0.0, 0.0, 0.0)
+    squares.addcmul_(unscaled, unscaled, value=weight)
+
+
+def _zeros(param: Tensor, device: torch.device) -> Tensor:
+    return torch.zeros(param.shape, dtype=torch.float32, device=device)
+
+
+def _pinned(params: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros in the host's memory, in one block: the allocator rounds every pinned block up to a power of two."""
+    if not any(param.is_cuda for param in params):
+        return [_zeros(param, torch.device("cpu")) for param in params]
+    whole = torch.zeros(sum(param.numel() for param in params), dtype=torch.float32, pin_memory=True)
+    parts = whole.split([param.numel() for param in params])
+    return [part.view(param.shape) for part, param in zip(parts, params, strict=True)]
+
+
+def _by_device(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    yield from found.values()

@@ -1,0 +1,38 @@
+"""The benchmark of collecting masks: what it reports, and that it times nothing that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparseopt as so
+from sparseopt.benchmarks import collector
+
+TINY = ["--shape", "tiny", "--batch", "1", "--sequence", "8", "--rounds", "2", "--device", "cpu"]
+
+
+def test_every_arm_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    collector.main([*TINY, "--mask_interval", "10", "--output", str(tmp_path / "result.json")])
+    results = json.loads(capsys.readouterr().out)
+    assert results == json.loads((tmp_path / "result.json").read_text())
+    assert [result["arm"] for result in results] == list(collector.ARMS)
+    for result in results:
+        without, with_ = (result["step_ms"][key]["median"] for key in ("without", "with"))
+        assert result["update_share"] == pytest.approx((with_ - without) / without)
+        each = sum(result["mask_step_ms"].values()) / 10
+        assert result["overhead"] == pytest.approx((with_ - without + each) / without)
+        assert result["accumulation_bytes"] == 4 * result["parameters"]
+
+
+def test_a_wrong_accumulation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: so.GradientEMA, *arguments: Any) -> None:
+        self._taken.clear()
+        self.updates += 1
+
+    monkeypatch.setattr(so.GradientEMA, "update", broken)
+    with pytest.raises(SystemExit, match="does not follow the formula"):
+        collector.measure("tiny", torch.device("cpu"), batch=1, sequence=8, rounds=1)

@@ -1,0 +1,362 @@
+"""MaskCollector: gradient masks from any transformers or TRL trainer, while it trains."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+import sparseopt as so
+from sparseopt._files import FormatError
+from sparseopt.masks.collect import GradientEMA, check_tolerances
+from sparseopt.trainers.callbacks import add_to_entry, calling, come_first
+from sparseopt.trainers.delta_logger import sparse_of
+
+__all__ = ["MaskCollector", "collector_of"]
+
+FLUSH_SECONDS = 120.0  # how long the end of training waits for uploads; the rest stays in the spool folder
+LARGE = 1 << 28  # bytes: an accumulation that should not be written at every step
+
+
+class MaskCollector(TrainerCallback):
+    """Accumulates squared gradients and makes masks of them: ``callbacks=[MaskCollector(folder, save_interval=1000)]``.
+
+    In ``folder/grad_acc/``: ``grad_ema_step_N.safetensors``, the accumulation (4 bytes per trained entry; a resumed
+    training continues from it, and ``sparseopt masks find --method gradient`` reads it), and ``grad_mask_step_N.safetensors``,
+    the masks. Gradients are taken before clipping, averaged over a step's micro-batches and processes, and without the loss
+    scale of fp16. Masks are computed only at the steps where they are saved, logged or uploaded. The first process of a
+    distributed run collects.
+
+    ``grad_ema/rms_mean`` and ``grad_mask/active_fraction``, ``active_count``, ``total_count``, ``sparsity`` and ``step``
+    (which they belong to) join the trainer's next log entry, for trackers and ``log_history`` alike; metadata goes into the
+    summary of a Weights & Biases run.
+
+    A trainer tells nobody when it fails: as a context manager the collector lets go of the trainer then, and of its memory.
+
+    Attributes:
+        ema: the :class:`~sparseopt.GradientEMA`, from the beginning of training on.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        beta: float = 0.99,
+        epsilon: float = 1e-8,
+        save_interval: int = 1,
+        tolerance: float | Sequence[float] = 1e-5,
+        save_masks: bool = True,
+        mask_save_interval: int | None = None,
+        upload_to_hf: bool = False,
+        hf_repo_id: str | None = None,
+        hf_upload_interval: int | None = None,
+        hf_private: bool = True,
+        bias_correction: bool = False,
+        offload: bool = False,
+        keep_accumulations: int = 3,
+        base_model: str | None = None,
+    ) -> None:
+        """Nothing is written before training begins.
+
+        Args:
+            output_dir: ``grad_acc/`` is made in it.
+            beta, epsilon, bias_correction, offload: see :class:`~sparseopt.GradientEMA`.
+            save_interval: steps between two saved accumulations. One is saved with every checkpoint, too.
+            tolerance: accumulated squared gradients above it are active. Of several the first gives the metrics and
+                ``grad_mask_step_N``, the others ``grad_mask_step_N_tolerance_T``.
+            save_masks: save masks (uploads are saved in any case).
+            mask_save_interval: steps between two masks; default ``save_interval``.
+            upload_to_hf: upload masks beside training (:class:`sparseopt.hub.Uploader`).
+            hf_repo_id: repository to upload to.
+            hf_upload_interval: steps between two uploads; default ``mask_save_interval``.
+            hf_private: whether a repository that is made is private.
+            keep_accumulations: saved accumulations to keep, the newest, beside those of checkpoints that still exist; -1:
+                all.
+            base_model: name for the metadata; default: what the model's configuration says.
+
+        Raises:
+            ValueError: a value out of range, or ``upload_to_hf`` without ``hf_repo_id``.
+        """
+        mask_interval = save_interval if mask_save_interval is None else mask_save_interval
+        upload_interval = mask_interval if hf_upload_interval is None else hf_upload_interval
+        intervals = {"save_interval": save_interval, "mask_save_interval": mask_interval,
+                     "hf_upload_interval": upload_interval}  # fmt: skip
+        for key, value in intervals.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{key} must be a whole number of steps, 1 or more, got {value!r}.")
+        if keep_accumulations < -1 or keep_accumulations == 0:
+            raise ValueError(f"keep_accumulations must be 1 or more, or -1 for all, got {keep_accumulations}.")
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta must lie in [0, 1), got {beta}.")
+        if not 0 <= epsilon < float("inf"):
+            raise ValueError(f"epsilon must be a finite number, 0 or more, got {epsilon}.")
+        if upload_to_hf and not hf_repo_id:
+            raise ValueError("upload_to_hf=True needs hf_repo_id, such as 'user/model-gradient-masks'.")
+        if upload_to_hf and upload_interval <= mask_interval:
+            warnings.warn(
+                f"hf_upload_interval ({upload_interval}) is not above mask_save_interval ({mask_interval}): every mask "
+                "is uploaded; a larger interval makes fewer commits.",
+                stacklevel=2,
+            )
+        self.folder = Path(output_dir) / "grad_acc"
+        self.save_interval, self.mask_save_interval, self.hf_upload_interval = intervals.values()
+        self.tolerances = check_tolerances(tolerance)
+        self.save_masks, self.upload_to_hf = save_masks, upload_to_hf
+        self.hf_repo_id, self.hf_private = hf_repo_id, hf_private
+        self.keep_accumulations, self.base_model = keep_accumulations, base_model
+        self.ema: GradientEMA | None = None
+        self._options: dict[str, Any] = {
+            "beta": beta, "epsilon": epsilon, "bias_correction": bias_correction, "offload": offload,
+        }  # fmt: skip
+        self._uploader: Any = None
+        self._values: dict[str, Any] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._active = self._collected = self._warned = False
+
+    # ---- what the trainer calls ------------------------------------------------------------------------------------------
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                       model: Any = None, optimizer: Any = None, **kw: Any) -> None:  # fmt: skip
+        self.close()  # an earlier training of this trainer may have ended in an error
+        if not state.is_world_process_zero:
+            return
+        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+            raise ValueError("MaskCollector cannot collect sharded gradients: train on one GPU or with DDP.")
+        come_first(self)
+        self.ema = GradientEMA(model, **self._options)
+        if self.base_model is None:
+            self.base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+        self._resume(self.ema, state.global_step)
+        if self.save_interval == 1 and self.ema.nbytes >= LARGE:
+            warnings.warn(f"save_interval=1 writes {self.ema.nbytes / 2**30:.1f} GiB of accumulation at every step.",
+                          stacklevel=2)  # fmt: skip
+        if state.max_steps < self.mask_save_interval:
+            warnings.warn(f"training ends after {state.max_steps} steps, before the first mask: mask_save_interval is "
+                          f"{self.mask_save_interval}.", stacklevel=2)  # fmt: skip
+        if self.ema.frozen:
+            _say(
+                f"{len(self.ema.frozen)} parameters are frozen (such as {self.ema.frozen[0]}): inactive in every mask."
+            )
+        self._hook(args, self.ema, optimizer)
+        if self.upload_to_hf:
+            from sparseopt.hub import Uploader
+
+            assert self.hf_repo_id is not None
+            self._uploader = Uploader(
+                self.hf_repo_id, private=self.hf_private, spool_dir=self.folder / "spool", base_model=self.base_model,
+                say=_say,
+            )  # fmt: skip
+        self._active, self._collected, self._warned, self._values = True, False, False, {}
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._collected = False
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                              optimizer: Any = None, **kw: Any) -> None:  # fmt: skip
+        self._collect(optimizer)  # where nobody clipped dense gradients
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        step, ema = state.global_step, self.ema
+        if not self._active or ema is None:
+            return
+        save = step % self.save_interval == 0
+        upload = self.upload_to_hf and step % self.hf_upload_interval == 0
+        masks = upload or step % self.mask_save_interval == 0
+        if not (save or masks) or not ema.count:
+            return
+        rms = ema.rms_mean()
+        self._values = {**self._values, "grad_ema/rms_mean": rms}
+        _say(f"Step {step} | EMA RMS Mean: {rms:.4g}")
+        if rms != rms and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the accumulated gradients hold NaN at step {step}: those entries stay inactive.", stacklevel=2
+            )
+        if masks:
+            self._make_masks(args, ema, step, upload)
+        if save:
+            self._save(args, ema, step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """A checkpoint was written: what continues from it needs the accumulation of its step."""
+        if self._active and self.ema is not None and self.ema.count and not self._file(state.global_step).is_file():
+            self._save(args, self.ema, state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+               logs: dict[str, Any] | None = None, **kw: Any) -> None:  # fmt: skip
+        if self._active and self._values and logs is not None and not any(key.startswith("eval_") for key in logs):
+            add_to_entry(self._values, logs, state)
+            self._values = {}
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if self._uploader is not None:
+            self._uploader.flush(FLUSH_SECONDS)
+        self.close()
+
+    # ---- gradients -------------------------------------------------------------------------------------------------------
+    def _hook(self, args: TrainingArguments, ema: GradientEMA, optimizer: Any) -> None:
+        """Callbacks come after clipping: dense gradients are read when the trainer asks accelerate to clip them.
+
+        A SparseAdamW clips within its step; what it captures it shows before dropping it.
+        """
+        sparse = sparse_of(optimizer)
+        if sparse is not None:
+            sparse.observe_gradients(ema.take)
+            self._undo.append(lambda: sparse.observe_gradients(None))
+            return
+        trainer = calling(Trainer)
+        if trainer is None:
+            if args.max_grad_norm > 0:
+                raise ValueError(
+                    "MaskCollector must be called by a transformers.Trainer, else it sees clipped gradients."
+                )
+            return
+        accelerator: Any = trainer.accelerator
+        clip, own = accelerator.clip_grad_norm_, vars(accelerator).get("clip_grad_norm_")
+
+        def collect_and_clip(*arguments: Any, **options: Any) -> Any:
+            self._collect(optimizer)
+            return clip(*arguments, **options)
+
+        def undo() -> None:
+            if own is None:
+                del accelerator.clip_grad_norm_
+            else:
+                accelerator.clip_grad_norm_ = own
+
+        accelerator.clip_grad_norm_ = collect_and_clip
+        self._undo.append(undo)
+
+    def _collect(self, optimizer: Any) -> None:
+        if not self._active or self._collected or self.ema is None:
+            return
+        self._collected = True
+        scaler: Any = getattr(optimizer, "scaler", None)  # accelerate's wrapper; it unscales when it clips, or steps
+        scaling = scaler is not None and scaler.is_enabled()
+        self.ema.update(scaler._scale if scaling else None)
+
+    # ---- masks -----------------------------------------------------------------------------------------------------------
+    def _make_masks(self, args: TrainingArguments, ema: GradientEMA, step: int, upload: bool) -> None:
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        found = [
+            masks.with_metadata(step=step, timestamp=stamp, base_model=self.base_model)
+            for masks in ema.masks(self.tolerances)
+        ]
+        first = found[0]
+        self._values |= {**_metrics(first, "grad_mask"), "grad_mask/step": step}
+        for limit, masks in zip(self.tolerances[1:], found[1:], strict=True):
+            self._values |= _metrics(masks, f"grad_mask/tolerance_{limit:g}")
+        _say(f"Step {step} | Active Fraction: {first.density:.4f} | Sparsity: {first.sparsity:.4f}")
+        _summarize(args, first)
+        target = self.folder / f"grad_mask_step_{step}.safetensors"
+        if self.save_masks or upload:
+            first.save(target, compress=True)
+            _say(f"Saved gradient masks to {target}")
+        if self.save_masks:
+            for limit, masks in zip(self.tolerances[1:], found[1:], strict=True):
+                masks.save(target.with_stem(f"{target.stem}_tolerance_{limit:g}"), compress=True)
+        if upload:
+            self._uploader.submit(step, target, first.metadata)
+
+    # ---- the accumulation's files ------------------------------------------------------------------------------------
+    def _file(self, step: int) -> Path:
+        return self.folder / f"grad_ema_step_{step}.safetensors"
+
+    def _saved(self) -> list[int]:
+        """Steps with a saved accumulation, ascending."""
+        found = (
+            re.fullmatch(r"grad_ema_step_(\d+)\.safetensors", path.name) for path in self.folder.glob("grad_ema_*")
+        )
+        return sorted(int(match[1]) for match in found if match)
+
+    def _save(self, args: TrainingArguments, ema: GradientEMA, step: int) -> None:
+        ema.save(self._file(step), step=str(step), base_model=self.base_model or "")
+        if self.keep_accumulations > 0:
+            for old in self._saved()[: -self.keep_accumulations]:
+                # The one that a checkpoint continues from stays as long as the checkpoint.
+                if not (Path(args.output_dir or ".") / f"checkpoint-{old}").is_dir():
+                    self._file(old).unlink(missing_ok=True)
+
+    def _resume(self, ema: GradientEMA, step: int) -> None:
+        """Continues from the newest accumulation that is not later than ``step``; later ones belong to a past that is not."""
+        saved = self._saved()
+        later = [other for other in saved if other > step]
+        for other in later:
+            self._file(other).unlink()
+        if later:
+            _say(f"Removed {len(later)} saved accumulations of steps after {step} from {self.folder}.")
+        for found in reversed(saved[: len(saved) - len(later)]):
+            try:
+                ema.load(self._file(found))
+            except FormatError as error:
+                warnings.warn(f"{error} An older accumulation is looked for.", stacklevel=3)
+                continue
+            if found < step:
+                warnings.warn(f"the accumulation of step {found} is the newest of this training, which resumes at step "
+                              f"{step}: the gradients between are missing from it.", stacklevel=3)  # fmt: skip
+            return
+        if step:
+            warnings.warn(f"training resumes at step {step}, but '{self.folder}' holds no accumulation up to there: the "
+                          "accumulation starts anew.", stacklevel=3)  # fmt: skip
+
+    # ---- ending ----------------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Lets go of the trainer; uploads that are not done stay in ``grad_acc/spool``. ``ema`` stays."""
+        self._active = False
+        while self._undo:
+            self._undo.pop()()
+        if self._uploader is not None:
+            uploader, self._uploader = self._uploader, None
+            uploader.close()
+
+    def __enter__(self) -> MaskCollector:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+        self.ema = None
+
+
+def collector_of(config: dict[str, dict[str, Any]], folder: Path, way: str) -> MaskCollector | None:
+    """The collector that the section ``grad_acc`` asks for; None if it is not enabled.
+
+    Raises:
+        ValueError: see :class:`MaskCollector`; or the run trains an adapter.
+    """
+    settings = dict(config["grad_acc"])
+    if not settings.pop("enabled"):
+        return None
+    if way == "lora":
+        raise ValueError("grad_acc: a LoRA run has no gradients of the model's weights to collect.")
+    try:
+        return MaskCollector(folder, **settings, base_model=config["model"]["name"])
+    except ValueError as error:
+        raise ValueError(f"grad_acc: {error}") from None
+
+
+def _metrics(masks: so.MaskSet, prefix: str) -> dict[str, float | int]:
+    return {
+        f"{prefix}/active_fraction": masks.density,
+        f"{prefix}/active_count": masks.active_parameters,
+        f"{prefix}/total_count": masks.total_parameters,
+        f"{prefix}/sparsity": masks.sparsity,
+    }
+
+
+def _summarize(args: TrainingArguments, masks: so.MaskSet) -> None:
+    """Puts the metadata of the newest masks into the summary of the W&B run that reports this training."""
+    wandb: Any = sys.modules.get("wandb")  # its own callback imported it
+    if "wandb" in (args.report_to or []) and wandb is not None and wandb.run is not None:
+        wandb.run.summary.update({f"grad_mask/metadata/{key}": value for key, value in masks.metadata.items()})
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
