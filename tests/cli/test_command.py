@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +81,12 @@ def test_normalise(given: list[str], expected: list[str]) -> None:
     assert normalise(given, OPTIONS) == expected
 
 
+def processor_seconds() -> float:
+    """Of the child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("command", HELP, ids=" ".join)
 def test_help_is_quick_and_lean(command: list[str]) -> None:
     """Under 0.5 s; neither torch nor pandas nor any of their kind is imported for it; an example is in it."""
@@ -93,10 +99,10 @@ def test_help_is_quick_and_lean(command: list[str]) -> None:
         "main()\n"
     )
     times = []
-    for _ in range(3):  # the best of three: the machine may be busy
-        start = time.perf_counter()
+    for _ in range(3):  # processor time, the best of three: the machine may be busy
+        start = processor_seconds()
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-        times.append(time.perf_counter() - start)
+        times.append(processor_seconds() - start)
     assert result.returncode == 0, result.stderr
     assert "HEAVY []" in result.stdout
     if command not in (["train"], ["masks"]):
