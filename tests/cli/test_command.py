@@ -24,6 +24,17 @@ HELP = [
     ["masks", "info"],
     ["masks", "compare"],
     ["masks", "merge"],
+    ["masks", "find"],
+    ["masks", "push"],
+    ["masks", "plot"],
+    ["masks", "export"],
+    ["train", "grpo"],
+    ["train", "chain"],
+    ["deltas", "reconstruct"],
+    ["deltas", "patch"],
+    ["deltas", "push"],
+    ["bench", "dpo"],
+    ["plan"],
 ]
 
 
