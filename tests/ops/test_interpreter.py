@@ -24,7 +24,10 @@ LEAST = {
 }
 
 
-@pytest.mark.parametrize("module", LEAST)
+SLOW = ("test_sparse_adamw", "test_gather")  # minutes
+
+
+@pytest.mark.parametrize("module", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in LEAST])
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the process that runs the grid")
 def test_grid_in_the_interpreter(module: str, record_property: Callable[[str, object], None]) -> None:
     pytest.importorskip("triton")
