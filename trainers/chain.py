@@ -12,6 +12,7 @@ after Ctrl-C or a kill: ``dense_dpo/``, ``delta_log/``, ``gradient_stats.safeten
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import json
 import subprocess
@@ -79,7 +80,6 @@ class Chain:
         self.dense_grpo = self._run_settings("grpo", "dense_grpo") if self.settings["dense_grpo"] else None
 
     def execute(self) -> Path:
-        began = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.found: dict[str, Any] = json.loads(self.record.read_text()) if self.record.is_file() else {}
         same = {"config": json.loads(json.dumps(self.config))}
@@ -100,7 +100,8 @@ class Chain:
             with self._stage(f"{number}/{len(stages)} {name}", name):
                 stage()
         self.found["versions"] = versions(self.device)
-        self.found["seconds"] = round(self.found.get("seconds", 0.0) + time.monotonic() - began, 1)
+        self.found.setdefault("date", datetime.date.today().isoformat())
+        self.found["seconds"] = round(sum(self.found["stage_seconds"].values()), 1)
         self._keep()
         write_chain_report(self.folder, self.found)
         say(f"The chain is complete: {self.folder / 'report.md'}")

@@ -121,7 +121,7 @@ The model of step {rebuilt["step"]} was rebuilt from the base and the delta log:
 
 Stages: {stages}. Whole chain: {found["seconds"]:.0f} s.
 
-{versions}
+{found["date"]}, commit {found.get("timing", {}).get("commit", "unknown")}; {versions}
 """
 
 
