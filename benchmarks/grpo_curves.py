@@ -25,12 +25,13 @@ __all__ = ["ARMS", "collect", "main", "picture"]
 
 Config = dict[str, dict[str, Any]]
 
-# arm -> settings over the file's; rates are the arms' own, as such updates need them
+# arm -> settings over the file's; learning rates are the arms' own, as such updates need them
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
-    "dense": {"optimizer": {"learning_rate": 5e-6}},
-    "lora": {"optimizer": {"learning_rate": 1e-4}, "lora": {"enabled": True}},
-    "sparse": {"optimizer": {"learning_rate": 5e-5}, "mask": {"method": "gradient", "sparsity": 0.975}},
+    "dense": {},
+    "lora": {"lora": {"enabled": True}},
+    "sparse": {"mask": {"method": "gradient", "sparsity": 0.975}},
 }
+RATES = {"dense": 5e-6, "lora": 1e-4, "sparse": 5e-5}
 COLORS = {"dense": "tab:gray", "lora": "tab:orange", "sparse": "tab:green"}
 SMOOTHING = 10  # steps of the running mean that is drawn
 
@@ -105,7 +106,7 @@ def _running(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[max(0, i + 1 - SMOOTHING) : i + 1]) for i in range(len(values))]
 
 
-def _settings(file: Config, arm: str, seed: int, folder: Path, device: str) -> Config:
+def _settings(file: Config, way: Config, seed: int, folder: Path, device: str) -> Config:
     from sparseopt import config, schemas
 
     own: dict[str, dict[str, Any]] = {
@@ -113,7 +114,7 @@ def _settings(file: Config, arm: str, seed: int, folder: Path, device: str) -> C
         "output": {"dir": str(folder)},
         "delta_log": {"schedule": "none"},
     }
-    return config.compose(schemas.GRPO, file, ARMS[arm], own)
+    return config.compose(schemas.GRPO, file, way, own)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,6 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="configs/grpo_curves.yaml", help="settings of every run (%(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="override some")
     parser.add_argument("--arms", default="dense,sparse", help=f"of {','.join(ARMS)} (%(default)s)")
+    parser.add_argument(
+        "--rates", nargs="*", default=[], metavar="ARM=RATE", help="learning rates other than the arms' own"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="(%(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--time_limit", type=float, help="start no run after this many seconds")
@@ -134,9 +138,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown arm {unknown[0]!r}: expected some of {', '.join(ARMS)}.")
 
+    try:
+        rates = {arm: float(rate) for arm, _, rate in (given.partition("=") for given in options.rates)}
+    except ValueError as error:
+        parser.error(f"--rates expects ARM=RATE: {error}.")
+    unknown = [arm for arm in rates if arm not in arms]
+    if unknown:
+        parser.error(f"--rates names {unknown[0]!r}, which is not among --arms.")
+
     from sparseopt import config, schemas
     from sparseopt.trainers import grpo
 
+    ways = {arm: {**ARMS[arm], "optimizer": {"learning_rate": rates.get(arm, RATES[arm])}} for arm in arms}
     file = config.load(schemas.GRPO, options.config, options.set)
     began = time.monotonic()
     # Seed by seed, so that a run cut short compares arms on the same ones.
@@ -146,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "commit": options.commit or train_results.commit(),
         "model": file["model"]["name"],
         "task": file["data"]["name"].partition(":")[2] or file["data"]["name"],
-        "settings": {"training": file["training"], "data": file["data"], "arms": {arm: ARMS[arm] for arm in arms}},
+        "settings": {"training": file["training"], "data": file["data"], "arms": ways},
     }
     options.folder.mkdir(parents=True, exist_ok=True)
     for arm, seed, path in runs:
@@ -155,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print("The time limit is reached: the same command goes on.", file=sys.stderr)
                 return 3
             print(f"--- {arm}, seed {seed}", file=sys.stderr, flush=True)
-            settings = _settings(file, arm, seed, path, options.device)
+            settings = _settings(file, ways[arm], seed, path, options.device)
             settings["training"]["resume"] = (path / "config.json").is_file()
             grpo.run(settings)
         found = collect(options.folder, runs, about)
