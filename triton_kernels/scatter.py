@@ -28,7 +28,7 @@ BITS = {2: (torch.int16, tl.int16), 4: (torch.int32, tl.int32), 8: (torch.int64,
 
 @triton.jit
 def _scatter_kernel(
-    params,  # int64 [T], addresses
+    addresses,  # int64 [T]; not `params`: the generated launcher has a local of that name
     values,  # VALUE [N]
     indices,  # int16 or int32
     chunks,  # int64 [C, 6]
@@ -40,8 +40,8 @@ def _scatter_kernel(
     program = tl.program_id(0)
     row = chunks + (program // BLOCKS).to(tl.int64) * 6
     tensor = tl.load(row)
-    if tl.load(params + tensor) != 0:
-        param = address_of(params, tensor, VALUE, RUN)
+    if tl.load(addresses + tensor) != 0:
+        param = address_of(addresses, tensor, VALUE, RUN)
         count = tl.load(row + 3).to(tl.int32)
         shift = tl.load(row + 5).to(tl.int32)
         k, positions = block_of_entries(
