@@ -80,7 +80,12 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def commit() -> str:
-    """Commit of the source that runs, "with changes" where it has any; "unknown" outside of a checkout."""
+    """Commit of the source that runs, "with changes" where it has any; "unknown" outside of a checkout.
+
+    ``SPARSEOPT_COMMIT`` names it where the tree came without its history.
+    """
+    if given := os.environ.get("SPARSEOPT_COMMIT"):
+        return given
 
     def git(*arguments: str) -> str | None:
         try:

@@ -247,6 +247,19 @@ class Arena:
             flat[self.plan.positions(tensor)] = values
             param.copy_(flat.view(param.shape))
 
+    def exchange(self, values: Tensor) -> Tensor:
+        """Writes all active entries, in arena order; returns what was there. Two launches, and nothing waits for a device."""
+        views, copied = self._contiguous([True] * self.plan.tensors)
+        before = torch.empty(self.plan.active, dtype=self.state_dtype, device=self.device)
+        functional.gather_grads_(before, views, self.plan)
+        functional.scatter_values_(views, values, self.plan.indices, self.plan.chunks, run=self.plan.run)
+        if copied:
+            for param, updated in zip(self.params, views, strict=True):
+                if updated.data_ptr() != param.data_ptr():
+                    param.copy_(updated)
+        torch.autograd.graph.increment_version(self.params)
+        return before.to(self.dtype)
+
     def keep_base(self) -> None:
         """Copies the active entries as they are now."""
         parts = [self.values(t) for t in range(self.plan.tensors)]

@@ -364,6 +364,8 @@ class SparseAdamW(Optimizer):
         self._masks = {name: given.packed(name) for name in given.names}
         self._dirty = True
         self._build()
+        for arena in self._arenas:
+            self._left.take_back(arena)
 
     @torch.no_grad()
     def sync_from_params(self) -> None:

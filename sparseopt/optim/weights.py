@@ -148,37 +148,35 @@ def base_weights(optimizer: SparseAdamW) -> Iterator[None]:
             for param, (home, t) in optimizer._slots.items():
                 if home is arena:
                     optimizer.state[param] = arena.state(t)
-    current = _exchange(optimizer, None)
+    # Entries that came back into the mask may be both in an arena and among those that left: what was there first is
+    # written back last.
+    with torch.no_grad():
+        active = [arena.exchange(arena.base) for arena in optimizer._arenas if arena.base is not None]
+        left = {name: _exchange_left(optimizer, name, values) for name, (_, values) in optimizer._left.base.items()}
     try:
         yield
     finally:
-        _exchange(optimizer, current)
+        with torch.no_grad():
+            for name, values in left.items():
+                _exchange_left(optimizer, name, values)
+            for arena, values in zip(optimizer._arenas, active, strict=True):
+                arena.exchange(values)
 
 
-@torch.no_grad()
-def _exchange(optimizer: SparseAdamW, restore: list[tuple[Tensor, Tensor]] | None) -> list[tuple[Tensor, Tensor]]:
-    """Writes base values (or ``restore``, from an earlier call) into the model; returns what was there."""
-    saved: list[tuple[Tensor, Tensor]] = []
-    given = iter(restore) if restore is not None else None
-    for arena in optimizer._arenas:
-        assert arena.base is not None
-        for t, name in enumerate(arena.names):
-            positions, base = arena.plan.positions(t), arena.base[arena.plan.arena(t)]
-            if name in optimizer._left.base:
-                extra, values = optimizer._left.base[name]
-                positions, base = torch.cat([positions, extra]), torch.cat([base, values])
-            if given is not None:
-                positions, base = next(given)
-            flat = arena.params[t].detach().reshape(-1)
-            saved.append((positions, flat[positions]))
-            if arena.params[t].is_contiguous():
-                flat[positions] = base
-                torch.autograd.graph.increment_version([arena.params[t]])
-            else:
-                copy = flat.clone()
-                copy[positions] = base
-                arena.params[t].copy_(copy.view(arena.params[t].shape))
-    return saved
+def _exchange_left(optimizer: SparseAdamW, name: str, values: Tensor) -> Tensor:
+    """Writes entries of one parameter that left the mask; returns what was there."""
+    positions = optimizer._left.base[name][0]
+    param = next(arena.params[arena.names.index(name)] for arena in optimizer._arenas if name in arena.names)
+    flat = param.detach().reshape(-1)
+    before = flat[positions]
+    if param.is_contiguous():
+        flat[positions] = values
+        torch.autograd.graph.increment_version([param])
+    else:
+        copy = flat.clone()
+        copy[positions] = values
+        param.copy_(copy.view(param.shape))
+    return before
 
 
 @dataclass(frozen=True)

@@ -402,6 +402,25 @@ def test_base_weights_swaps_the_model_before_training_in_and_out() -> None:
     assert all(torch.equal(params[n], trained[n]) for n in SHAPES)
 
 
+def test_base_values_of_entries_that_leave_return_and_leave_again() -> None:
+    params = make_params(torch.bfloat16)
+    some, others = random_masks(0.5), random_masks(0.5, seed=9)
+    start = {n: p.detach().clone() for n, p in params.items()}
+    opt = so.SparseAdamW(params.items(), masks=some, lr=1e-1)
+    for step, masks in enumerate([others, some, others, some, others]):
+        with opt.base_weights():
+            assert all(torch.equal(params[n], start[n]) for n in SHAPES)
+        set_grads(params, step)
+        opt.step()
+        opt.update_masks(masks)
+        trained = {n: p.detach().clone() for n, p in params.items()}
+        with opt.base_weights():
+            assert all(torch.equal(params[n], start[n]) for n in SHAPES)
+        assert all(torch.equal(params[n], trained[n]) for n in SHAPES)
+        active = {n: set(opt._arenas[0].plan.positions(t).tolist()) for t, n in enumerate(opt._arenas[0].names)}
+        assert all(active[n].isdisjoint(p.tolist()) for n, (p, _) in opt._left.base.items()), "kept once"
+
+
 def test_base_weights_after_training_began_is_refused() -> None:
     params = make_params()
     opt = so.SparseAdamW(params.items())
