@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseopt import models
-from sparseopt._files import atomic_write
+from sparseopt._files import atomic_folder, atomic_write
 from sparseopt._safetensors import CODES, write_tensors
 from sparseopt.deltas._source import Read, TensorFiles, chunks, files_of
 from sparseopt.deltas.reconstruct import _copy_configs, _split, parse_size
@@ -67,9 +65,7 @@ def write_pruned(
     name = os.fspath(model_name)
     files = files_of(name, None, download=True)
     plan = _plan(name, files, masks, keep_unmasked)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
+    with atomic_folder(target) as temporary:  # fails if somebody has filled it meanwhile
         _copy_configs(name, None, temporary)
         about: dict[str, Any] = {
             "format": "sparseopt.pruning",
@@ -79,13 +75,6 @@ def write_pruned(
             **_write_weights(files, plan, masks, temporary, limit),
         }
         atomic_write(temporary / ABOUT, json.dumps(about, indent=1) + "\n")
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)  # mkdtemp makes private folders
-        os.replace(temporary, target)  # fails if somebody has filled it meanwhile
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return about
 
 

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseopt._files import atomic_write
+from sparseopt._files import atomic_folder, atomic_write
 from sparseopt._safetensors import write_tensors
 from sparseopt.deltas.reader import LogReader, Source
 from sparseopt.progress import Progress
@@ -92,9 +91,7 @@ def write_checkpoint(
     reader = LogReader(log, source)
     step = reader.resolve(step)
     reader.check(step)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
+    with atomic_folder(target, replace=True) as temporary:
         _write_configs(reader, source, temporary)
         about: dict[str, Any] = {
             "format": "sparseopt.reconstruction",
@@ -104,10 +101,7 @@ def write_checkpoint(
             **_write_weights(reader, step, temporary, limit),
         }
         atomic_write(temporary / MARKER, json.dumps(about, indent=1) + "\n")
-        _move(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        _check_target(target)  # somebody may have filled it meanwhile
     return about
 
 
@@ -130,20 +124,6 @@ def _check_target(target: Path) -> None:
         raise FileExistsError(f"'{target}' is a file; a reconstruction is a folder.")
     if target.is_dir() and any(target.iterdir()) and not (target / MARKER).is_file():
         raise FileExistsError(f"'{target}' is not empty and no earlier reconstruction: name another folder.")
-
-
-def _move(temporary: Path, target: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o777 & ~mask)  # mkdtemp makes private folders
-    _check_target(target)
-    old = None
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        os.replace(target, old)
-    os.replace(temporary, target)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
