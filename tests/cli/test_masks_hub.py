@@ -30,6 +30,8 @@ def test_push_steps_pull_prune(mask_file: Path, tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     pushed = json.loads(run("masks", "push", mask_file, "--repo-id", repo, "--json"))
     assert (pushed["repository"], pushed["step"], pushed["active_parameters"]) == (str(repo), 5, 30)
+    counts = {key: pushed[key] for key in ("active_parameters", "total_parameters", "fingerprint")}
+    assert pushed.keys() == {"repository", "step", *counts}
     for step, extra in ((10, ()), (20, ("--format", "pt")), (30, ("--parent_step", "5"))):
         assert f"step {step}, 30 of 300" in run("masks", "push", mask_file, "--repo_id", repo, "--step", step, *extra)
     report = json.loads(run("masks", "steps", repo, "--json"))
@@ -38,8 +40,10 @@ def test_push_steps_pull_prune(mask_file: Path, tmp_path: Path) -> None:
     assert f"4 steps, {report['bytes']:,} bytes" in run("masks", "steps", repo)
     for step, name in (("latest", "a.safetensors"), ("20", "b.pt")):
         pulled = json.loads(run("masks", "pull", repo, "--step", step, "--output", tmp_path / name, "--json"))
-        assert pulled["fingerprint"] == pushed["fingerprint"]
+        assert pulled == {"output": str(tmp_path / name), "step": 30 if step == "latest" else 20, **counts}
         assert so.MaskSet.load(tmp_path / name) == so.MaskSet.load(mask_file)
+    spoken = run("masks", "pull", repo, "--step", "20", "--output", tmp_path / "b.pt")
+    assert spoken == f"{tmp_path / 'b.pt'}: step 20, 30 of 300 entries active\n"
     assert "nothing was deleted" in run("masks", "prune", repo, "--keep", "1", stdin="n\n", code=1)
     gone = sum(row["bytes"] for row in report["steps"][1:3])
     assert f"deleted 2 steps (10 to 20), {gone:,} bytes; 2 steps are left" in run(
