@@ -13,10 +13,11 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sparseopt._files import atomic_folder
 
 if TYPE_CHECKING:
     import torch
@@ -232,15 +233,9 @@ def _convert_once(gguf: Path) -> Path:
         # Under the lock nobody else writes here: what lies around was left by a killed conversion.
         for left in root.glob(f".{target.name}.*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=root))
-        try:
+        with atomic_folder(target) as temporary:
             logger.info("Converting %s to safetensors, once, into %s", gguf.name, target)
             _convert(gguf, temporary)
-            _sync_tree(temporary)
-            os.replace(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
     return target
 
 
@@ -264,19 +259,3 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.config._name_or_path = "SmolLM2-135M-Instruct"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _sync_tree(folder: Path) -> None:
-    """fsyncs the files of a flat folder, readable for everybody who may read new files, and the folder itself."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    folder.chmod(0o777 & ~mask)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

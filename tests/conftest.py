@@ -1,10 +1,12 @@
-"""For all tests: fixed seeds, poisoned memory, and no empty GPU run."""
+"""For all tests: fixed seeds, poisoned memory, a tiny model with its tokenizer, and no empty GPU run."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +32,47 @@ def _seeds_and_poison() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="session")
+def build_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a random Llama (hidden 32, tied embedding, 64 positions) and a tokenizer of 64 words into a folder."""
+
+    def build(words: Sequence[str] = (), attention_dropout: float = 0.1, **tokenizer: Any) -> Path:
+        """``words``: of the tokenizer, before w0, w1, ...; ``tokenizer``: more arguments of it."""
+        import torch
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, attention_dropout=attention_dropout,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+        known = ["<pad>", "<s>", "</s>", "<unk>", *words]
+        known += [f"w{i}" for i in range(config.vocab_size - len(known))]
+        backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            **tokenizer,
+        ).save_pretrained(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(build_llama: Callable[..., Path]) -> Path:
+    """A random Llama with dropout and a tokenizer of w0 to w59."""
+    return build_llama()
 
 
 @pytest.hookimpl(hookwrapper=True)

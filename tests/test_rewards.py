@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sparseopt import FormatError
+from sparseopt import FormatError, models
 from sparseopt.rewards import (
     BUILTIN,
     RecordedRewards,
@@ -364,41 +364,27 @@ def test_files_that_are_no_record(tmp_path: Path) -> None:
 
 
 # ---- a real trainer --------------------------------------------------------------------------------------------------
-def test_grpo_with_composed_rewards(tmp_path: Path, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grpo_with_composed_rewards(tmp_path: Path, mine: Path, tiny_folder: Path) -> None:
     """Two steps of TRL's GRPOTrainer on a tiny model: a built-in reward and one of a user's file."""
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from trl import GRPOConfig, GRPOTrainer
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", "please", *(f"w{i}" for i in range(27))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
     functions, weights, names = load_rewards(["0.5*brevity", f"2*{mine}:ones"])
-    path = tmp_path / "completions.jsonl"
-    record = RecordedRewards(functions, names, path, keep=6, per_step=3)
+    record = RecordedRewards(functions, names, tmp_path / "completions.jsonl", keep=6, per_step=3)
     arguments = GRPOConfig(
-        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, num_generations=4,
-        max_completion_length=6, reward_weights=weights, report_to=[], use_cpu=True, logging_steps=1, save_strategy="no",
-        disable_tqdm=True, beta=0.0,
+        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, num_generations=4, disable_tqdm=True,
+        max_completion_length=6, reward_weights=weights, report_to=[], use_cpu=True, logging_steps=1, save_strategy="no", beta=0.0,
     )  # fmt: skip
     rows = [{"prompt": f"w{i} w{i + 1}", "answer": f"w{i}", "level": i} for i in range(8)]
     trainer = GRPOTrainer(
-        model=LlamaForCausalLM(config), args=arguments, train_dataset=Dataset.from_list(rows),
-        reward_funcs=list(record.functions), processing_class=tokenizer,
+        model=models.load_model(str(tiny_folder)), args=arguments, train_dataset=Dataset.from_list(rows),
+        reward_funcs=list(record.functions), processing_class=models.load_tokenizer(str(tiny_folder)),
     )  # fmt: skip
     trainer.train()
 
     logs = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert len(logs) == 2
-    found = lines(path)
+    found = lines(tmp_path / "completions.jsonl")
     assert [row["step"] for row in found] == [0, 0, 0, 1, 1, 1]
     for entry in logs:
         means = [entry[f"rewards/{name}/mean"] for name in names]

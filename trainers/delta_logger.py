@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from sparseopt.deltas.base import SaveBase
 from sparseopt.deltas.log import DeltaLog
@@ -187,6 +188,12 @@ class DeltaLogger(TrainerCallback):
         last = self._final and state.global_step == state.max_steps
         if self._active and (last or state.global_step in self.schedule):
             self.log.record(state.global_step, sparse_of(optimizer) or model)
+        if self._active and (control.should_save or _will_save(args, state)):
+            self.log.flush()  # a checkpoint must not be ahead of the log: a training that resumes from it logs what follows
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if self._active and args.save_strategy == SaveStrategy.EPOCH:
+            self.log.flush()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **kw: Any) -> None:  # fmt: skip
@@ -218,6 +225,12 @@ class DeltaLogger(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _will_save(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the trainer saves a checkpoint after this step; it decides so after this callback."""
+    periodic = args.save_strategy == SaveStrategy.STEPS and state.save_steps > 0
+    return (periodic and state.global_step % state.save_steps == 0) or state.global_step >= state.max_steps
 
 
 def sparse_of(optimizer: Any) -> SparseAdamW | None:

@@ -7,9 +7,13 @@ what was generated, with its rewards. The rest of the run folder is described in
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import math
 import statistics
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -75,7 +79,10 @@ class GrpoRun(Run):
             loss_type=settings["loss_type"],
             scale_rewards=settings["scale_rewards"],
             reward_weights=self.weights,
+            # The table of completions is for trackers. TRL prints it too, on stdout, where the command's result goes: of a
+            # negative number (0 would be an empty table now and then) it prints nothing, and the trackers get all of it.
             log_completions=bool(self.config["tracking"]["report_to"]),
+            num_completions_to_print=-1,
         )
 
     def make_trainer(self, arguments: GRPOConfig, **options: Any) -> Trainer:
@@ -117,10 +124,8 @@ class GrpoRun(Run):
             said if isinstance(rows[0]["prompt"], str) else [[{"role": "assistant", "content": t}] for t in said]
         )
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-        each = {
-            name: function(prompts=[row["prompt"] for row in rows], completions=completions, **columns)
-            for name, function in zip(self.names, self.functions, strict=True)
-        }
+        given = _call(self.functions, prompts=[row["prompt"] for row in rows], completions=completions, **columns)
+        each = dict(zip(self.names, given, strict=True))
         sums = [
             sum(w * (r if r is not None else 0.0) for w, r in zip(self.weights, values, strict=True))
             for values in zip(*each.values(), strict=True)
@@ -135,3 +140,20 @@ class GrpoRun(Run):
     def summary(self, before: dict[str, Any], after: dict[str, Any]) -> str:
         text = f"Held-out reward of greedy answers {before['reward']:.3f} -> {after['reward']:.3f}"
         return f"{text}. Entries outside the mask: bit-identical." if self.way == "sparse" else f"{text}."
+
+
+def _call(functions: Sequence[Any], **inputs: Any) -> list[Sequence[float | None]]:
+    """What each reward function returns; coroutines run beside one another, as in TRL."""
+
+    async def finish(waiting: dict[int, Awaitable[Any]]) -> list[Any]:
+        return await asyncio.gather(*waiting.values())
+
+    results = [function(**inputs) for function in functions]
+    waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
+    if waiting:
+        # In a thread of its own: the caller's may have a running event loop already (notebooks).
+        with ThreadPoolExecutor(1) as thread:
+            finished = thread.submit(asyncio.run, finish(waiting)).result()
+        for i, result in zip(waiting, finished, strict=True):
+            results[i] = result
+    return results

@@ -6,8 +6,6 @@ Three ways to train: ``sparse`` (the entries of a mask), ``lora`` (a PEFT adapte
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel, Trainer
 
 import sparseopt as so
 from sparseopt import models
+from sparseopt._files import atomic_folder
 from sparseopt.masks.find import is_mlp
 from sparseopt.masks.maskset import granularity_of
 from sparseopt.trainers.attachment import resolve_names
@@ -195,13 +194,10 @@ def keep_outcome(way: Way, model: Any, delta: so.Delta | None, folder: Path) -> 
 
 def save_folder(model: Any, target: Path, tokenizer: Any = None) -> None:
     """``save_pretrained`` into a folder that appears when it is complete."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    with atomic_folder(target, replace=True) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
 
 
 def restore_outcome(way: Way, model: PreTrainedModel, folder: Path) -> Any:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sparseopt._files import atomic_write
+from sparseopt._files import atomic_write, clear_leftovers
 
 __all__ = ["RunFolder"]
 
@@ -64,13 +64,18 @@ class RunFolder:
         return self.path / "config.json"
 
     def begin(self, resume: bool) -> None:
-        """Makes the folder and records the settings; of a run that is continued, drops checkpoints that are not whole."""
+        """Makes the folder and records the settings; of a run that is continued, drops checkpoints that are not whole.
+
+        Either way clears up after writes that a kill cut short; an outcome that was being replaced then is there again.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.record.is_file():  # in a folder without a run nothing is ours
+            clear_leftovers(self.path)
         if resume:
             for step in _checkpoints(self.path):
                 if self.checkpoint is None or step > _step(self.checkpoint):
                     shutil.rmtree(self.path / f"checkpoint-{step}")
             return
-        self.path.mkdir(parents=True, exist_ok=True)
         for name in _LEFTOVERS:
             (self.path / name).unlink(missing_ok=True)
         for name in _LEFTOVER_FOLDERS:

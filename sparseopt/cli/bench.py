@@ -265,7 +265,10 @@ def report(
     from sparseopt.benchmarks import report as reporting
 
     target = Path(readme) if readme else reporting.HERE / "README.md"
-    reporting.render(Path(results) if results else reporting.HERE / "results", target)
+    source = Path(results) if results else reporting.HERE / "results"
+    if not source.is_dir():  # tables of nothing would take the place of those that are there
+        raise FileNotFoundError(f"there is no folder of results '{source}'.")
+    reporting.render(source, target)
     print(f"Tables: {target}")
 
 

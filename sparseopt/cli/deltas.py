@@ -103,7 +103,8 @@ def reconstruct(
         return
     if output_dir is None:
         raise typer.BadParameter("--output_dir is missing (or --list_steps).")
-    from sparseopt.deltas.reconstruct import parse_size, write_checkpoint
+    from sparseopt.deltas._model_folder import parse_size
+    from sparseopt.deltas.reconstruct import write_checkpoint
 
     try:
         size = parse_size(max_shard_size)

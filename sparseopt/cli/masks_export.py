@@ -42,8 +42,8 @@ def export(
     if device not in ("auto", "cpu"):
         raise typer.BadParameter(f"models are exported on the CPU: --device is auto or cpu, got {device!r}.")
     from sparseopt import MaskSet
+    from sparseopt.deltas._model_folder import parse_size
     from sparseopt.deltas.pruned import write_pruned
-    from sparseopt.deltas.reconstruct import parse_size
 
     try:
         size = parse_size(max_shard_size)

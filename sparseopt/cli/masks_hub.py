@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparseopt.cli._command import Command, DebugFlag, JsonFlag, example, print_json
+
+if TYPE_CHECKING:
+    from sparseopt import MaskSet
 
 Repo = Annotated[
     str, typer.Argument(metavar="REPO", help="user/name, hf://user/name[@revision], or a local folder of that layout.")
@@ -97,17 +100,7 @@ def push(
             parent_step=parent_step,
             revision=revision,
         )
-    result = {
-        "repository": name,
-        "step": number,
-        "active_parameters": masks.active_parameters,
-        "total_parameters": masks.total_parameters,
-        "fingerprint": masks.fingerprint,
-    }
-    if json:
-        print_json(result)
-    else:
-        print(f"{name}: step {number}, {masks.active_parameters:,} of {masks.total_parameters:,} entries active")
+    _report("repository", name, number, masks, json)
 
 
 def pull(
@@ -134,18 +127,17 @@ def pull(
     number = hub.latest_mask_step(repo, **where) if step == "latest" else int(step)
     masks = hub.load_masks_from_hf(repo, number, cache_dir=cache_dir, **where)
     masks.save(output, compress=output.suffix == ".safetensors")
-    result = {
-        "output": str(output),
-        "step": number,
-        "active_parameters": masks.active_parameters,
-        "total_parameters": masks.total_parameters,
-        "fingerprint": masks.fingerprint,
-    }
+    _report("output", str(output), number, masks, json)
+
+
+def _report(kind: str, place: str, step: int, masks: MaskSet, json: bool) -> None:
+    """Says which masks are at a place now."""
+    active, total = masks.active_parameters, masks.total_parameters
     if json:
-        print_json(result)
+        counts = {"active_parameters": active, "total_parameters": total, "fingerprint": masks.fingerprint}
+        print_json({kind: place, "step": step, **counts})
     else:
-        active, total = masks.active_parameters, masks.total_parameters
-        print(f"{output}: step {number}, {active:,} of {total:,} entries active")
+        print(f"{place}: step {step}, {active:,} of {total:,} entries active")
 
 
 def steps(repo: Repo, revision: RevisionOption = None, json: JsonFlag = False, debug: DebugFlag = False) -> None:

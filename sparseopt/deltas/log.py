@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparseopt._files import FormatError, atomic_write
+from sparseopt.deltas._chain import check_chain, check_delta, delta_path, require_step
 from sparseopt.deltas._file import DeltaFile
 from sparseopt.deltas._recording import DenseTracker, SparseTracker, Staged, Tracker
 from sparseopt.deltas.base import JSON_FILE, Base, Header, SaveBase, describe_model, open_base, read_header, write_base
@@ -63,12 +64,12 @@ class DeltaLog:
         """The delta of one step: what differs from the step logged before it.
 
         Raises:
-            ValueError: no such step, or its file is of another base.
+            ValueError: no such step, or its file is of another base or of other parameters.
             sparseopt.FormatError: the file is damaged.
         """
-        self._require(step)
-        header, delta = read_header(self.path), Delta.load(self._file(step))
-        _check(self._file(step), step, delta.step, delta.base_fingerprint, header)
+        path = delta_path(self.path, require_step(self.path, self.steps(), step))
+        header, delta = read_header(self.path), Delta.load(path)
+        check_delta(path, step, delta, header)
         return delta
 
     def stats(self, step: int) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class DeltaLog:
             ValueError: no such step.
             sparseopt.FormatError: the file is damaged.
         """
-        self._require(step)
+        require_step(self.path, self.steps(), step)
         path = self.path / f"stats_step_{step}.json"
         try:
             content = json.loads(path.read_bytes())
@@ -91,32 +92,23 @@ class DeltaLog:
     def chain(self, step: int | None = None) -> list[int]:
         """The steps that lead from the base to ``step`` (None: the last one), after checking that none is missing.
 
+        Only headers are read; :meth:`sparseopt.deltas.reader.LogReader.check` checks content too.
+
         Raises:
-            ValueError: no such step, a step is missing (it is named), or a file is of another base.
+            ValueError: no such step, a step is missing (it is named), or a file is of another base or of other parameters.
             sparseopt.FormatError: a file is damaged.
         """
         steps = self.steps()
         if step is not None:
-            self._require(step)
-            steps = [s for s in steps if s <= step]
+            require_step(self.path, steps, step)
         header = read_header(self.path)
-        parent: int | None = None
-        for current in steps:
-            file = DeltaFile(self._file(current))
-            _check(file.path, current, file.step, file.base_fingerprint, header)
-            if file.parent_step != parent:
-                if file.parent_step is not None and file.parent_step not in steps:
-                    raise ValueError(
-                        f"the delta log '{self.path}' has a gap: step {current} builds on step {file.parent_step}, "
-                        "whose file is missing."
-                    )
-                expected = "the base" if parent is None else f"step {parent}"
-                raise ValueError(
-                    f"the delta log '{self.path}' is no chain: step {current} builds on "
-                    f"{'the base' if file.parent_step is None else f'step {file.parent_step}'}, not on {expected}."
-                )
-            parent = current
-        return steps
+
+        def open_file(number: int) -> DeltaFile:
+            file = DeltaFile(delta_path(self.path, number))
+            check_delta(file.path, number, file, header)
+            return file
+
+        return check_chain(self.path, steps, step or steps[-1], open_file) if steps else []
 
     def scores(
         self,
@@ -171,7 +163,7 @@ class DeltaLog:
         self._clean()
         for step in reversed(steps):  # the last one first: whenever this is cut short, a whole chain remains
             if step > (resume_step or 0):
-                self._file(step).unlink()
+                delta_path(self.path, step).unlink()
                 (self.path / f"stats_step_{step}.json").unlink(missing_ok=True)
         chain = self.chain()
         self._base, self._last, self._fresh = base, chain[-1] if chain else None, not resume_step
@@ -245,19 +237,16 @@ class DeltaLog:
             )  # fmt: skip
             result = statistics.result(step, self._last)
             atomic_write(self.path / f"stats_step_{step}.json", to_json(result))
-            delta.save(self._file(step))
+            delta.save(delta_path(self.path, step))
         except BaseException:
             # Renamed already, but perhaps not on the disk: the next step will not build on it.
-            self._file(step).unlink(missing_ok=True)
+            delta_path(self.path, step).unlink(missing_ok=True)
             tracker.failed()
             raise
         tracker.commit(entries)
         self._last, self.newest = step, result
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
-    def _file(self, step: int) -> Path:
-        return self.path / f"delta_step_{step}.safetensors"
-
     def _tracker_for(self, source: object, base: Base) -> Tracker:
         if isinstance(source, SparseAdamW):
             if not isinstance(self._tracker, SparseTracker):
@@ -266,12 +255,6 @@ class DeltaLog:
             self._tracker = DenseTracker(base, self._deltas)
         self._fresh = False
         return self._tracker
-
-    def _require(self, step: int) -> None:
-        steps = self.steps()
-        if step not in steps:
-            known = ", ".join(map(str, steps)) or "none"
-            raise ValueError(f"the delta log '{self.path}' has no step {step}; it has {known}.")
 
     def _deltas(self) -> Iterator[Delta]:
         """Everything logged so far, in order."""
@@ -297,12 +280,3 @@ class DeltaLog:
             orphan = path.name == f"stats_step_{number}.json" and number.isdecimal() and int(number) not in steps
             if unfinished or orphan:
                 path.unlink()
-
-
-def _check(path: Path, step: int, found: int, fingerprint: str | None, header: Header) -> None:
-    if found != step:
-        raise FormatError(f"'{path}' is damaged or renamed: it holds step {found}.")
-    if fingerprint != header.fingerprint:
-        raise ValueError(
-            f"'{path}' is a delta of another base (fingerprint {str(fingerprint)[:12]}) than its log's, {header}."
-        )

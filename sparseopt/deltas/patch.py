@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparseopt._files import FormatError, atomic_write
+from sparseopt._files import FormatError, atomic_folder, atomic_write
 from sparseopt._safetensors import TensorFile, write_tensors
 from sparseopt.deltas.delta import Delta, model_digest, update_bytes, update_head
 from sparseopt.masks.maskset import normalize_name
@@ -170,9 +169,7 @@ def apply_to_folder(
         _check_fits(patch, source, where)
         if check_base:
             _check_parent(patch, source, where)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        try:
+        with atomic_folder(target) as temporary:
             numel = sum(file.numel(name) for file, name in where.values())
             with Progress("patching", total=numel, unit="entry") as progress:
                 for path, file in shards.items():
@@ -187,11 +184,6 @@ def apply_to_folder(
                     shutil.copy(beside, temporary / beside.name)
             record = {"step": patch.step, "base_fingerprint": patch.base_fingerprint}
             atomic_write(temporary / RECORD, json.dumps(record) + "\n")
-            temporary.chmod(0o777 & ~_umask())
-            os.replace(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
     return {
         "changed_parameters": patch.changed_parameters,
         "tensors": len(patch),
@@ -206,12 +198,6 @@ def _dtype(file: TensorFile, name: str) -> torch.dtype:
     if name not in file.dtypes:
         raise FormatError(f"'{file.path}' stores {name!r} in a dtype that this release cannot copy.")
     return file.dtypes[name]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,12 @@ import torch
 from torch import Tensor
 
 from sparseopt import models
-from sparseopt._files import atomic_write
-from sparseopt._safetensors import CODES, write_tensors
+from sparseopt._files import atomic_folder, atomic_write
+from sparseopt._safetensors import CODES
+from sparseopt.deltas._model_folder import copy_configs, parse_size, write_shards
 from sparseopt.deltas._source import Read, TensorFiles, chunks, files_of
-from sparseopt.deltas.reconstruct import _copy_configs, _split, parse_size
 from sparseopt.masks._bits import unpack_range
 from sparseopt.masks.maskset import MaskSet, normalize_name
-from sparseopt.progress import Progress
 
 __all__ = ["ABOUT", "write_pruned"]
 
@@ -67,10 +64,8 @@ def write_pruned(
     name = os.fspath(model_name)
     files = files_of(name, None, download=True)
     plan = _plan(name, files, masks, keep_unmasked)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        _copy_configs(name, None, temporary)
+    with atomic_folder(target) as temporary:  # fails if somebody has filled it meanwhile
+        copy_configs(name, None, temporary)
         about: dict[str, Any] = {
             "format": "sparseopt.pruning",
             "base_model": name,
@@ -79,13 +74,6 @@ def write_pruned(
             **_write_weights(files, plan, masks, temporary, limit),
         }
         atomic_write(temporary / ABOUT, json.dumps(about, indent=1) + "\n")
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)  # mkdtemp makes private folders
-        os.replace(temporary, target)  # fails if somebody has filled it meanwhile
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return about
 
 
@@ -141,32 +129,18 @@ def _write_weights(
     for name in plan:
         if files.contents[name][1] not in CODES:
             raise ValueError(f"{name!r} is stored as {files.contents[name][1]}, which cannot be written.")
-    sizes = {name: math.prod(files.contents[name][0]) * files.contents[name][1].itemsize for name in plan}
-    shards = _split(sizes, limit)
     counts = {"total_parameters": 0, "zeroed_parameters": 0, "zero_parameters": 0}
-    places: dict[str, str] = {}
     read = files.read(plan, {})
-    with Progress("weights", len(plan), unit="tensor") as progress:
-        for number, names in enumerate(shards, 1):
-            single = len(shards) == 1
-            file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            # Wide dtypes first, so that each tensor is aligned for its dtype.
-            names = sorted(names, key=lambda name: -files.contents[name][1].itemsize)
-            specs = {name: files.contents[name] for name in names}
-            pieces = (
-                piece for name in names for piece in _pruned(name, plan[name], read, files, masks, counts, progress)
-            )
-            write_tensors(folder / file, specs, pieces, {"format": "pt"})
-            places.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {name: places[name] for name in plan}}
-        atomic_write(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        return _pruned(name, plan[name], read, files, masks, counts)
+
+    written = write_shards(folder, {name: files.contents[name] for name in plan}, pieces, limit)
     return {
         **counts,
         "zero_share": counts["zero_parameters"] / max(1, counts["total_parameters"]),
         "kept": [name for name, mask in plan.items() if mask is None],
-        "files": sorted(set(places.values())),
-        "bytes": sum(sizes.values()),
+        **written,
     }
 
 
@@ -177,7 +151,6 @@ def _pruned(
     files: TensorFiles,
     masks: MaskSet,
     counts: dict[str, int],
-    progress: Progress,
 ) -> Iterator[Tensor]:
     shape, dtype = files.contents[name]
     for start, stop in chunks(math.prod(shape)):
@@ -191,4 +164,3 @@ def _pruned(
             counts["total_parameters"] += values.numel()
             counts["zero_parameters"] += values.numel() - int(comparable.count_nonzero())
         yield values
-    progress.update()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseopt._files import FormatError
+from sparseopt.deltas._chain import check_chain, check_delta, delta_path, require_step
 from sparseopt.deltas._file import DeltaFile
 from sparseopt.deltas.base import Base, open_base
 
@@ -89,9 +89,7 @@ class LogReader:
             raise ValueError(f"the delta log '{self.path}' has no steps yet.")
         if step is None:
             return self.steps[-1]
-        if step not in self.steps:
-            raise ValueError(f"the delta log '{self.path}' has no step {step}; it has {_listed(self.steps)}.")
-        return step
+        return require_step(self.path, self.steps, step)
 
     def check(self, step: int | None = None) -> list[int]:
         """Checks everything that the model at a step depends on, each file once.
@@ -103,19 +101,7 @@ class LogReader:
             ValueError: no such step, a gap in the chain, a delta of another base or of other parameters.
             sparseopt.FormatError: a damaged file.
         """
-        last = self.resolve(step)
-        chain = [logged for logged in self.steps if logged <= last]
-        parent: int | None = None
-        for current in chain:
-            file = self.file(current)
-            if file.parent_step != parent:
-                follows = "the base" if file.parent_step is None else f"step {file.parent_step}"
-                expected = "the base" if parent is None else f"step {parent}"
-                raise ValueError(
-                    f"the delta log '{self.path}' has a gap: step {current} follows {follows}, not {expected}; "
-                    f"it has {_listed(self.steps)}."
-                )
-            parent = current
+        chain = check_chain(self.path, self.steps, self.resolve(step), self.file)
         for current in chain:
             self.file(current).verify()
         return chain
@@ -129,20 +115,8 @@ class LogReader:
         """
         step = self.resolve(step)
         if step not in self._files:
-            file = DeltaFile(self.path / f"delta_step_{step}.safetensors")
-            if file.step != step:
-                raise FormatError(f"'{file.path}' is damaged or renamed: it holds step {file.step}.")
-            if file.base_fingerprint != self.base.fingerprint:
-                raise ValueError(
-                    f"'{file.path}' is a delta of another base (fingerprint {str(file.base_fingerprint)[:12]}) than "
-                    f"its log's (fingerprint {self.base.fingerprint[:12]})."
-                )
-            for name, shape in file.shapes.items():
-                if self.shapes.get(name) != shape or self.dtypes[name] != file.dtypes[name]:
-                    raise ValueError(
-                        f"'{file.path}' changes {name!r} as {_described(shape, file.dtypes[name])}, the base has "
-                        f"{_described(self.shapes[name], self.dtypes[name]) if name in self.shapes else 'no such tensor'}."
-                    )
+            file = DeltaFile(delta_path(self.path, step))
+            check_delta(file.path, step, file, self.base)
             self._files[step] = file
         return self._files[step]
 
@@ -177,11 +151,3 @@ class LogReader:
                 if step in wanted:
                     at[step] = current if step == chain[-1] else current.clone()
             yield start, base, [at[step] for step in wanted]
-
-
-def _listed(steps: Sequence[int]) -> str:
-    return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
-
-
-def _described(shape: Sequence[int], dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"

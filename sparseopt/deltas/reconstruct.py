@@ -5,29 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparseopt._files import atomic_write
-from sparseopt._safetensors import write_tensors
+from sparseopt._files import atomic_folder, atomic_write
+from sparseopt.deltas._model_folder import MARKER, copy_configs, parse_size, write_shards
 from sparseopt.deltas.reader import LogReader, Source
-from sparseopt.progress import Progress
 
-__all__ = ["MARKER", "parse_size", "reconstruct", "write_checkpoint"]
-
-MARKER = "reconstruction.json"  # tells a folder that may be replaced
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# Of a model folder, all small files but weights and their index: configs, tokenizer, chat template, custom code.
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
-LEFT_OUT = ("*.safetensors.index.json", "*.bin.index.json", MARKER)
+__all__ = ["reconstruct", "write_checkpoint"]
 
 
 def reconstruct(base: Source, log: Any, step: int) -> dict[str, Tensor]:
@@ -92,9 +82,7 @@ def write_checkpoint(
     reader = LogReader(log, source)
     step = reader.resolve(step)
     reader.check(step)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
+    with atomic_folder(target, replace=True) as temporary:
         _write_configs(reader, source, temporary)
         about: dict[str, Any] = {
             "format": "sparseopt.reconstruction",
@@ -104,24 +92,8 @@ def write_checkpoint(
             **_write_weights(reader, step, temporary, limit),
         }
         atomic_write(temporary / MARKER, json.dumps(about, indent=1) + "\n")
-        _move(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        _check_target(target)  # somebody may have filled it meanwhile
     return about
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes of ``"5GB"``, ``"200 MiB"`` or a number.
-
-    Raises:
-        ValueError: anything else, or nothing above 0.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(size).strip(), re.IGNORECASE)
-    bytes_ = int(float(match[1]) * UNITS[match[2].upper()]) if match and match[2].upper() in UNITS else 0
-    if bytes_ < 1:
-        raise ValueError(f"a size is a number of bytes, or such as '5GB' or '200MiB', got {size!r}.")
-    return bytes_
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
@@ -132,58 +104,13 @@ def _check_target(target: Path) -> None:
         raise FileExistsError(f"'{target}' is not empty and no earlier reconstruction: name another folder.")
 
 
-def _move(temporary: Path, target: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o777 & ~mask)  # mkdtemp makes private folders
-    _check_target(target)
-    old = None
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        os.replace(target, old)
-    os.replace(temporary, target)
-    if old is not None:
-        shutil.rmtree(old)
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
 def _write_weights(reader: LogReader, step: int, folder: Path, limit: int) -> dict[str, Any]:
-    sizes = {name: math.prod(reader.shapes[name]) * reader.dtypes[name].itemsize for name in reader.names}
-    shards = _split(sizes, limit)
-    total = sum(sizes.values())
-    files = {}
-    with Progress("weights", len(sizes), unit="tensor") as progress:
-        for number, names in enumerate(shards, 1):
-            single = len(shards) == 1
-            file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            # Wide dtypes first, so that each tensor is aligned for its dtype.
-            names = sorted(names, key=lambda name: -reader.dtypes[name].itemsize)
-            specs = {name: (reader.shapes[name], reader.dtypes[name]) for name in names}
-            write_tensors(folder / file, specs, _pieces(reader, step, names, progress), {"format": "pt"})
-            files.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {name: files[name] for name in reader.names}}
-        atomic_write(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-    return {"files": sorted(set(files.values())), "bytes": total}
+    def pieces(name: str) -> Iterator[Tensor]:
+        return (values for _, _, (values,) in reader.pieces(name, [step]))
 
-
-def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > limit:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
-
-
-def _pieces(reader: LogReader, step: int, names: Sequence[str], progress: Progress) -> Iterator[Tensor]:
-    for name in names:
-        for _, _, (values,) in reader.pieces(name, [step]):
-            yield values
-        progress.update()
+    return write_shards(
+        folder, {name: (reader.shapes[name], reader.dtypes[name]) for name in reader.names}, pieces, limit
+    )
 
 
 # ---- config and tokenizer --------------------------------------------------------------------------------------------
@@ -204,7 +131,7 @@ def _write_configs(reader: LogReader, source: Source, folder: Path) -> None:
         )
     if origin is not None:
         try:
-            _copy_configs(origin, reader.base.revision if origin == name else None, folder)
+            copy_configs(origin, reader.base.revision if origin == name else None, folder)
         except FileNotFoundError:
             if not (folder / "config.json").is_file():
                 raise
@@ -220,21 +147,6 @@ def _write_configs(reader: LogReader, source: Source, folder: Path) -> None:
         if isinstance(part, dict):
             part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
     atomic_write(path, json.dumps(content, indent=2) + "\n")
-
-
-def _copy_configs(origin: str, revision: str | None, folder: Path) -> None:
-    """Copies the small files of a model folder or of a Hub repository that are not there yet."""
-    from sparseopt import models
-
-    place, options = models._locate(origin, revision)
-    if not os.path.isdir(place):
-        from huggingface_hub import snapshot_download
-
-        place = snapshot_download(place, allow_patterns=list(COPIED), ignore_patterns=list(LEFT_OUT), **options)
-    for pattern in COPIED:
-        for path in Path(place).glob(pattern):
-            if not any(path.match(left) for left in LEFT_OUT) and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
 
 
 def _main_dtype(reader: LogReader) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sparseopt.deltas._chain import delta_path
 from sparseopt.deltas._file import DeltaFile
 from sparseopt.deltas.base import TENSOR_FILE, read_header
 from sparseopt.deltas.log import DeltaLog
@@ -38,7 +39,7 @@ def summarize(log: Any) -> dict[str, Any]:
     checkpoint = sum(math.prod(shape) * header.dtypes[name].itemsize for name, shape in header.shapes.items())
     rows = []
     for step in steps:
-        file = DeltaFile(path / f"delta_step_{step}.safetensors")
+        file = DeltaFile(delta_path(path, step))
         known = reader.stats(step) if (path / f"stats_step_{step}.json").is_file() else {}
         rows.append(
             {

@@ -1,8 +1,8 @@
-"""Checks of SparseAdamW's arguments; the messages about hyper-parameters are torch's own."""
+"""Checks of SparseAdamW's arguments and parameters; the messages about hyper-parameters are torch's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseopt.masks.maskset import MaskSet
 
-__all__ = ["check_hyperparameters", "resolve_masks"]
+__all__ = ["check_dtypes", "check_hyperparameters", "refuse_shared_storage", "resolve_masks"]
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:
@@ -32,6 +32,23 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
     if not weight_decay >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+
+
+def check_dtypes(params: Iterable[Tensor]) -> None:
+    """Raises TypeError for parameters of a dtype that there is no kernel for."""
+    for param in params:
+        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"SparseAdamW trains fp32, bf16, fp16 and fp64 parameters, got one of {param.dtype}.")
+
+
+def refuse_shared_storage(params: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises ValueError for two names of one memory: every entry would be stepped twice."""
+    owner: dict[tuple[torch.device, int], str] = {}
+    for name, param in params:
+        if param.numel() and param.data_ptr():
+            first = owner.setdefault((param.device, param.data_ptr()), name)
+            if first != name:
+                raise ValueError(f"parameters {first!r} and {name!r} share memory (tied weights): pass one of them.")
 
 
 def resolve_masks(

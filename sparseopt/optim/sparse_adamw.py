@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from sparseopt.masks.maskset import MaskSet, normalize_name
 from sparseopt.optim import checkpoint, stepping, weights
 from sparseopt.optim.arena import Arena, Saved
-from sparseopt.optim.arguments import check_hyperparameters, resolve_masks
+from sparseopt.optim.arguments import check_dtypes, check_hyperparameters, refuse_shared_storage, resolve_masks
 from sparseopt.optim.capture import GradientCapture
 
 if TYPE_CHECKING:
@@ -141,11 +141,7 @@ class SparseAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             check_hyperparameters(self.param_groups[-1])
-            for param in self.param_groups[-1]["params"]:
-                if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                    raise TypeError(
-                        f"SparseAdamW trains fp32, bf16, fp16 and fp64 parameters, got one of {param.dtype}."
-                    )
+            check_dtypes(self.param_groups[-1]["params"])
         except (TypeError, ValueError):
             self.param_groups.pop()  # a refused group leaves the optimizer as it was
             raise
@@ -168,12 +164,8 @@ class SparseAdamW(Optimizer):
 
     def _current_masks(self) -> dict[str, Tensor | None]:
         """Packed mask of every parameter by name, None where all is active."""
-        result: dict[str, Tensor | None] = {}
-        for arena in self._arenas:
-            for t, name in enumerate(arena.names):
-                result[name] = arena.packed_mask(t)
-        result.update(self._masks)
-        return result
+        built = {name: arena.packed_mask(t) for arena in self._arenas for t, name in enumerate(arena.names)}
+        return {**built, **self._masks}
 
     @property
     def masks(self) -> MaskSet:
@@ -205,7 +197,7 @@ class SparseAdamW(Optimizer):
         built = (amsgrad, [(id(p), g, p.device, p.dtype) for _, p, g in layout])
         if not self._dirty and built == self._built:
             return
-        self._refuse_shared_storage(layout)
+        refuse_shared_storage((name, param) for name, param, _ in layout)
         masks = self._current_masks()
         saved = {**self._extract(), **self._saved}
         buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -241,17 +233,6 @@ class SparseAdamW(Optimizer):
                 positions = arena.plan.positions(t) if name in self._masks else None
                 result[name] = Saved(arena.state(t), positions)
         return result
-
-    @staticmethod
-    def _refuse_shared_storage(layout: list[tuple[str, Tensor, int]]) -> None:
-        owner: dict[tuple[torch.device, int], str] = {}
-        for name, param, _ in layout:
-            if param.numel() and param.data_ptr():
-                first = owner.setdefault((param.device, param.data_ptr()), name)
-                if first != name:
-                    raise ValueError(
-                        f"parameters {first!r} and {name!r} share memory (tied weights): pass one of them."
-                    )
 
     # ---- the step ------------------------------------------------------------------------------------------------------
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

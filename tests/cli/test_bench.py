@@ -107,6 +107,34 @@ def test_bad_usage() -> None:
         assert result.exit_code == 2, result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["dpo"], 2, "give one of --shape and --model, or real rows by --data or --subset_size."),
+        (
+            ["grpo", "--model", "./no/such/model", "--device", "cpu"],
+            1,
+            "Model folder './no/such/model' does not exist.",
+        ),
+        (["lm", "--shape", "gpt9"], 2, "unknown shape 'gpt9': expected one of llama-3.2-1b"),
+        (["optimizer", "--device", "tpu"], 1, "device must be auto, cpu, cuda or cuda:N, got 'tpu'."),
+        (["masks", "--device", "tpu"], 1, "device must be auto, cpu, cuda or cuda:N, got 'tpu'."),
+        (["report", "--results", "no/such/folder"], 1, "there is no folder of results 'no/such/folder'."),
+        (["report", "--readme", "no/such/README.md"], 1, "no/such/README.md: No such file or directory."),
+    ],
+)
+def test_bad_input_is_named_in_a_sentence(
+    arguments: list[str], code: int, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = invoke(*arguments)
+    text = " ".join((result.output + capfd.readouterr().err).split())
+    assert result.exit_code == code, text
+    assert message in text
+    assert text.lower().count("error: ") == 1
+    assert "Traceback" not in text
+    assert result.stdout == ""
+
+
 def test_a_failure_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparseopt.benchmarks import train_step
 

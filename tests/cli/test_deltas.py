@@ -144,3 +144,49 @@ def test_reconstruct_errors(trained: Any, tmp_path: Path) -> None:
 
 def test_patch_is_part_of_the_group() -> None:
     assert "--from_step" in run("patch", "--help")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["steps", "--delta_log_dir", "absent"], 1, "there is no delta log folder 'absent'."),
+        (["steps", "--delta_log_dir", "."], 1, "'.' holds no delta log: there is no base.json."),
+        (["steps"], 2, "'--delta_log_dir'"),
+        (["info", "--delta_log_dir", "absent"], 1, "there is no delta log folder 'absent'."),
+        (["info", "--delta_log_dir", "."], 1, "'.' holds no delta log: there is no base.json."),
+        (
+            ["reconstruct", "--delta_log_dir", "absent", "--output_dir", "out"],
+            1,
+            "there is no delta log folder 'absent'.",
+        ),
+        (["reconstruct", "--delta_log_dir", "absent", "--list_steps"], 1, "there is no delta log folder 'absent'."),
+        (
+            ["patch", "--delta_log_dir", "absent", "--to_step", "3", "--output", "p.safetensors"],
+            1,
+            "'absent' holds no delta log: there is no base.json.",
+        ),
+        (
+            ["patch", "--delta_log_dir", "absent", "--to_step", "3", "--output", "p.pt"],
+            2,
+            "--output must end in .safetensors, got 'p.pt'.",
+        ),
+        (["patch", "--patch", "p.safetensors"], 2, "or --patch, --model_dir, --output_dir to apply one; got --patch."),
+        (
+            ["patch", "--patch", "absent.safetensors", "--model_dir", ".", "--output_dir", "out"],
+            1,
+            "there is no delta file 'absent.safetensors'.",
+        ),
+        (["push", "absent.safetensors", "--repo_id", "r"], 1, "there is no delta file 'absent.safetensors'."),
+        (["push", "absent.safetensors"], 2, "--repo_id is missing (or --base_model, to name the repository after)."),
+    ],
+)
+def test_bad_input_is_named_in_a_sentence(
+    args: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = fail(*args, code=code)
+    assert message in text
+    assert text.count("Error: ") == 1
+    if code == 1:
+        assert text == f"Error: {message}"
+    assert not list(tmp_path.iterdir())

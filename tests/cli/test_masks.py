@@ -226,3 +226,39 @@ def test_export(model: Path, tmp_path: Path) -> None:
 def test_devices_are_refused(files: tuple[str, str], tmp_path: Path) -> None:
     for args in (["info", files[0]], ["compare", *files], ["plot", files[0], "--output", str(tmp_path / "p.png")]):
         assert "--device is auto or cpu, got 'cuda'" in fail(2, *args, "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["info", "absent.safetensors"],
+        ["compare", "absent.safetensors", "other.safetensors"],
+        ["merge", "absent.safetensors", "other.safetensors", "--output", "merged.pt"],
+        ["plot", "absent.safetensors", "--output", "p.png"],
+        ["export", "--mask", "absent.safetensors", "--model_name", "smollm2", "--output_dir", "out"],
+    ],
+)
+def test_an_absent_file_is_named_in_a_sentence(
+    args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fail(1, *args) == "Error: there is no mask file 'absent.safetensors'."
+    (tmp_path / "absent.safetensors").write_bytes(b"not a mask")
+    text = fail(1, *args)
+    assert "absent.safetensors" in text
+    assert text.count("Error: ") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["absent.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["info"], "'FILE'"),
+        (["export", "--mask", "m.safetensors", "--model_name", "smollm2"], "'--output_dir'"),
+        (["merge", "a", "b", "--output", "c.txt"], "c.txt"),
+    ],
+)
+def test_bad_usage_names_the_argument(args: list[str], message: str) -> None:
+    text = fail(2, *args)
+    assert message in text
+    assert text.count("Error: ") == 1

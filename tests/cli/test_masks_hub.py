@@ -30,6 +30,8 @@ def test_push_steps_pull_prune(mask_file: Path, tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     pushed = json.loads(run("masks", "push", mask_file, "--repo-id", repo, "--json"))
     assert (pushed["repository"], pushed["step"], pushed["active_parameters"]) == (str(repo), 5, 30)
+    counts = {key: pushed[key] for key in ("active_parameters", "total_parameters", "fingerprint")}
+    assert pushed.keys() == {"repository", "step", *counts}
     for step, extra in ((10, ()), (20, ("--format", "pt")), (30, ("--parent_step", "5"))):
         assert f"step {step}, 30 of 300" in run("masks", "push", mask_file, "--repo_id", repo, "--step", step, *extra)
     report = json.loads(run("masks", "steps", repo, "--json"))
@@ -38,8 +40,10 @@ def test_push_steps_pull_prune(mask_file: Path, tmp_path: Path) -> None:
     assert f"4 steps, {report['bytes']:,} bytes" in run("masks", "steps", repo)
     for step, name in (("latest", "a.safetensors"), ("20", "b.pt")):
         pulled = json.loads(run("masks", "pull", repo, "--step", step, "--output", tmp_path / name, "--json"))
-        assert pulled["fingerprint"] == pushed["fingerprint"]
+        assert pulled == {"output": str(tmp_path / name), "step": 30 if step == "latest" else 20, **counts}
         assert so.MaskSet.load(tmp_path / name) == so.MaskSet.load(mask_file)
+    spoken = run("masks", "pull", repo, "--step", "20", "--output", tmp_path / "b.pt")
+    assert spoken == f"{tmp_path / 'b.pt'}: step 20, 30 of 300 entries active\n"
     assert "nothing was deleted" in run("masks", "prune", repo, "--keep", "1", stdin="n\n", code=1)
     gone = sum(row["bytes"] for row in report["steps"][1:3])
     assert f"deleted 2 steps (10 to 20), {gone:,} bytes; 2 steps are left" in run(
@@ -69,16 +73,32 @@ def test_deltas_push(tmp_path: Path) -> None:
 
 
 def test_bad_usage_is_2_and_failures_are_1(mask_file: Path, tmp_path: Path) -> None:
-    for args in (
-        ("push",),
-        ("push", mask_file, "--pending", tmp_path),
-        ("push", "--pending", tmp_path, "--step", "1"),
-        ("push", mask_file, "--repo_id", tmp_path / "r", "--format", "npz"),
-        ("pull", tmp_path, "--step", "../1", "--output", tmp_path / "m.pt"),
-        ("pull", tmp_path, "--output", tmp_path / "m.txt"),
-        ("prune", tmp_path, "--keep", "0"),
+    wrong: list[tuple[tuple[object, ...], str]] = [
+        (("push",), "give either FILE or --pending DIR."),
+        (("push", mask_file, "--pending", tmp_path), "give either FILE or --pending DIR."),
+        (("push", "--pending", tmp_path, "--step", "1"), "--pending takes no other option"),
+        (("push", mask_file, "--repo_id", tmp_path / "r", "--format", "npz"), "safetensors or pt, got 'npz'."),
+        (("pull", tmp_path, "--step", "../1", "--output", tmp_path / "m.pt"), "a number or latest, got '../1'."),
+        (("pull", tmp_path, "--output", tmp_path / "m.txt"), "must end in .safetensors or .pt, got "),
+        (("prune", tmp_path, "--keep", "0"), "'--keep'"),
+        (("prune", tmp_path), "'--keep'"),
+        (("steps",), "'REPO'"),
+    ]
+    for args, message in wrong:
+        text = " ".join(run("masks", *args, code=2).split())
+        assert message in text
+        assert text.count("Error: ") == 1
+    absent = tmp_path / "none"
+    for args, message in (
+        (("push", tmp_path / "none.safetensors", "--repo_id", "r"), f"there is no mask file '{absent}.safetensors'."),
+        (("pull", absent, "--output", tmp_path / "m.pt"), f"'{absent}'"),
+        (("steps", absent), f"'{absent}'"),
+        (("prune", absent, "--keep", "1"), f"'{absent}'"),
     ):
-        run("masks", *args, code=2)
+        text = run("masks", *args, code=1)
+        assert message in text
+        assert text.startswith("Error: ")
+        assert len(text.splitlines()) == 1
     assert "there is no folder" in run("masks", "steps", tmp_path / "none", code=1)
     assert "holds no masks" in run("masks", "pull", tmp_path, "--output", tmp_path / "m.pt", code=1)
     so.MaskSet.from_bool({"w": torch.ones(3, dtype=torch.bool)}).save(tmp_path / "bare.safetensors")

@@ -135,6 +135,9 @@ def test_gap_in_the_chain(log):
     assert reader.check(10) == [10]  # what does not depend on it can still be read
     with pytest.raises(ValueError, match=r"gap: step 40 follows step 20, not step 10; it has steps 10, 40\."):
         reader.check()
+    with pytest.raises(ValueError, match=r"gap: step 40 follows step 20, not step 10; it has steps 10, 40\."):
+        so.DeltaLog(log).chain()
+    assert so.DeltaLog(log).chain(10) == [10]
     (log / "delta_step_10.safetensors").unlink()
     with pytest.raises(ValueError, match="gap: step 40 follows step 20, not the base; it has step 40"):
         LogReader(log).check()
@@ -154,8 +157,10 @@ def test_delta_of_other_parameters(log):
         entries = {"a.weight": (torch.tensor([0]), torch.ones(1, dtype=dtype))}
         delta = so.Delta.from_dict(entries, {"a.weight": shape}, step=10, base_fingerprint=fingerprint)
         delta.save(log / "delta_step_10.safetensors")
-        with pytest.raises(ValueError, match=f"changes 'a.weight' as {came}.*the base has bfloat16"):
-            LogReader(log).check(10)
+        other = so.DeltaLog(log)
+        for check in (LogReader(log).check, other.chain, other.load):
+            with pytest.raises(ValueError, match=f"changes 'a.weight' as {came}.*the base has bfloat16"):
+                check(10)
 
 
 def test_renamed_file(log):

@@ -8,9 +8,10 @@ import torch
 from safetensors import safe_open
 
 import sparseopt as so
+from sparseopt.deltas._model_folder import parse_size
 from sparseopt.deltas.base import write_base
 from sparseopt.deltas.delta import model_fingerprint
-from sparseopt.deltas.reconstruct import parse_size, reconstruct, write_checkpoint
+from sparseopt.deltas.reconstruct import reconstruct, write_checkpoint
 
 STEPS = [3, 6, 9]
 

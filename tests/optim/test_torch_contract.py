@@ -314,3 +314,9 @@ def test_copies_keep_every_public_attribute() -> None:
     public = {n for n in vars(opt) if not n.startswith("_")}
     assert public == {n for n in vars(twin) if not n.startswith("_")}
     assert twin.max_grad_norm == 2.0
+
+
+def test_repr_names_the_class_and_its_groups() -> None:
+    text = repr(so.SparseAdamW([nn.Parameter(torch.zeros(2))], lr=0.25))
+    assert text.startswith("SparseAdamW (")
+    assert "lr: 0.25" in text

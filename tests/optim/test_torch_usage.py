@@ -252,12 +252,6 @@ def test_post_accumulate_hooks_can_step_and_free_each_gradient() -> None:
     assert_same(ours, theirs)
 
 
-def test_repr_names_the_class_and_its_groups() -> None:
-    text = repr(so.SparseAdamW(make_params(), lr=0.25))
-    assert text.startswith("SparseAdamW (")
-    assert "lr: 0.25" in text
-
-
 # ---- averaging, compile, distributed checkpoints ---------------------------------------------------------------------
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A tiny model with its tokenizer in a folder, and preference pairs in a file: what a DPO run needs, in milliseconds."""
+"""Preference pairs in a file and the settings of a short run: with ``tiny_folder``, what a DPO run needs, in milliseconds."""
 
 from __future__ import annotations
 
@@ -8,32 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 Config = dict[str, dict[str, Any]]
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama (hidden 32, tied embedding) and a tokenizer of 64 words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, attention_dropout=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +284,32 @@ def test_in_a_dpo_trainer(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -
     entries = [e for e in trainer.state.log_history if "subnet/step" in e]
     assert [e["subnet/step"] for e in entries] == [1, 3]
     assert all("rewards/accuracies" in e or "train_runtime" in e for e in entries)
+
+
+class Disk(TrainerCallback):
+    """What of the log is on the disk when a checkpoint is complete."""
+
+    def __init__(self, log: Path) -> None:
+        self.log, self.found = log, {}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        self.found[state.global_step] = sorted(int(path.stem[11:]) for path in self.log.glob("delta_step_*"))
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_no_checkpoint_is_ahead_of_the_log(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    write, disk = so.DeltaLog._write, Disk(tmp_path / "log")
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(so.DeltaLog, "_write", slowly)
+    logger = DeltaLogger(tmp_path / "log", "1,2,3,4,6")
+    changes = {"max_steps": 6, "save_strategy": strategy, "save_steps": 4, "per_device_train_batch_size": 8}
+    make_trainer(tmp_path, load(tiny_folder), logger, disk, **changes).train()
+    assert set(disk.found) >= ({4, 6} if strategy == "steps" else {6})
+    for step, logged in disk.found.items():
+        assert logged == [s for s in (1, 2, 3, 4, 6) if s <= step]

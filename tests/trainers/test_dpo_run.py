@@ -383,24 +383,3 @@ def test_errors_come_before_the_work(
         with pytest.raises(kind, match=text):
             dpo.run(configure(tmp_path / "run", changes))
         assert not (tmp_path / "run").exists(), changes
-
-
-def test_reference_is_trls_own(tmp_path: Path, configure: Configure) -> None:
-    """Measured with shared prompt beginnings or by TRL: the same log-probabilities, row by row."""
-    from trl import DPOTrainer
-
-    from sparseopt import data
-
-    run = dpo.DpoRun(configure(tmp_path / "run", {"training.reference": "precompute"}))
-    name = run.config["model"]["name"]
-    run.device, run.model, run.tokenizer = torch.device("cpu"), models.load_model(name), models.load_tokenizer(name)
-    run.load_data()
-    pairs, arguments = run.pairs, run.arguments()
-    ours = run.make_trainer(arguments, processing_class=run.tokenizer).train_dataset
-    theirs = DPOTrainer(
-        model=models.load_model(name), args=arguments, train_dataset=data.to_dataset(pairs),
-        processing_class=run.tokenizer,
-    ).train_dataset  # fmt: skip
-    assert len(ours) == len(theirs) == len(pairs)
-    for column in ("ref_chosen_logps", "ref_rejected_logps"):
-        torch.testing.assert_close(torch.tensor(ours[column]), torch.tensor(theirs[column]), rtol=1e-4, atol=1e-4)

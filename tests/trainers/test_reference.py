@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 import sparseopt as so
-from sparseopt import models
+from sparseopt import data, models
 from sparseopt.trainers import dpo
 from sparseopt.trainers.attachment import sparse_optimizer
 from sparseopt.trainers.reference import ReferenceBySwap, reference_bytes, share_reference
@@ -175,3 +176,20 @@ def test_command_swaps_under_a_mask_and_measures_the_same_as_beforehand(tmp_path
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
     with pytest.raises(ValueError, match="swap needs a mask"):
         dpo.run(configure(tmp_path / "full", {"mask.method": None, "training.reference": "swap"}))
+
+
+def test_reference_is_trls_own(tmp_path: Path, configure: Callable[..., Any]) -> None:
+    """Measured with shared prompt beginnings or by TRL: the same log-probabilities, row by row."""
+    run = dpo.DpoRun(configure(tmp_path / "run", {"training.reference": "precompute"}))
+    name = run.config["model"]["name"]
+    run.device, run.model, run.tokenizer = torch.device("cpu"), models.load_model(name), models.load_tokenizer(name)
+    run.load_data()
+    pairs, arguments = run.pairs, run.arguments()
+    ours = run.make_trainer(arguments, processing_class=run.tokenizer).train_dataset
+    theirs = DPOTrainer(
+        model=models.load_model(name), args=arguments, train_dataset=data.to_dataset(pairs),
+        processing_class=run.tokenizer,
+    ).train_dataset  # fmt: skip
+    assert len(ours) == len(theirs) == len(pairs)
+    for column in ("ref_chosen_logps", "ref_rejected_logps"):
+        torch.testing.assert_close(torch.tensor(ours[column]), torch.tensor(theirs[column]), rtol=1e-4, atol=1e-4)

@@ -249,6 +249,53 @@ def test_wandb_offline_gets_project_and_keys(
     assert list((folder / "wandb").glob("offline-run-*"))
 
 
+def test_completions_reach_the_tracker_and_not_stdout(
+    tmp_path: Path, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """stdout is for the command's result; TRL would print a table there at every logged step."""
+    wandb = pytest.importorskip("wandb")
+    pd = pytest.importorskip("pandas")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tables: list[Any] = []
+    monkeypatch.setattr(wandb, "Table", lambda dataframe: tables.append(dataframe) or "table")
+    changes = {"tracking.report_to": "[wandb]", "training.n_steps": 2}
+    folder = grpo.run(make("grpo", tmp_path / "run", changes))
+    assert capfd.readouterr().out == ""
+    assert [len(table) for table in tables][:2] == [8, 8]  # 2 prompts of 4 completions
+    assert {"step", "prompt", "completion", "w1", "answer", "advantage"} <= set(tables[0].columns)
+    stored = pd.read_parquet(folder / "completions" / "completions_00001.parquet")
+    assert stored["completion"].tolist() == tables[0]["completion"].tolist()
+
+
+def test_rewards_may_be_coroutines(tmp_path: Path, make: Callable[..., Any], reward_file: Path) -> None:
+    """In training and in the evaluation: the same run as with the function that they wait for, side by side."""
+    later = tmp_path / "later.py"
+    later.write_text(
+        "import asyncio\n"
+        "barriers = {}\n"
+        "async def meet():\n"
+        "    barrier = barriers.setdefault(asyncio.get_running_loop(), asyncio.Barrier(2))\n"
+        "    await asyncio.wait_for(barrier.wait(), 20)\n"
+        "async def w1(completions, **columns):\n"
+        "    await meet()\n"
+        "    return [float(text.count('1')) for text in completions]\n"
+        "async def none(completions, **columns):\n"
+        "    await meet()\n"
+        "    return [None] * len(completions)\n"
+    )
+    changes = {"training.n_steps": 2, "delta_log.schedule": "none"}
+    plain = grpo.run(make("grpo", tmp_path / "plain", {**changes, "rewards.functions": f"[{reward_file}:w1]"}))
+    functions = f"[{later}:w1, {later}:none]"
+    waited = grpo.run(make("grpo", tmp_path / "waited", {**changes, "rewards.functions": functions}))
+    for when in ("before", "after"):
+        mine, theirs = results(waited)[when], results(plain)[when]
+        assert mine["reward"] == theirs["reward"]
+        assert mine["rewards"] == {"w1": theirs["rewards"]["w1"], "none": 0.0}
+    trained = weights(waited / "model")
+    assert all(torch.equal(trained[name], value) for name, value in weights(plain / "model").items())
+
+
 def test_tensorboard_events_are_in_the_run_folder(tmp_path: Path, make: Callable[..., Any]) -> None:
     pytest.importorskip("tensorboard")
     folder = sft.run(make("sft", tmp_path / "run", {"tracking.report_to": "[tensorboard]", "training.n_steps": 2}))
