@@ -145,10 +145,9 @@ class MaskCollector(TrainerCallback):
         if state.max_steps < self.mask_save_interval:
             warnings.warn(f"training ends after {state.max_steps} steps, before the first mask: mask_save_interval is "
                           f"{self.mask_save_interval}.", stacklevel=2)  # fmt: skip
-        if self.ema.frozen:
-            _say(
-                f"{len(self.ema.frozen)} parameters are frozen (such as {self.ema.frozen[0]}): inactive in every mask."
-            )
+        frozen = self.ema.frozen
+        if frozen:
+            _say(f"{len(frozen)} parameters are frozen (such as {frozen[0]}): inactive in every mask.")
         self._hook(args, self.ema, optimizer)
         if self.upload_to_hf:
             from sparseopt.hub import Uploader
@@ -306,9 +305,7 @@ class MaskCollector(TrainerCallback):
 
     def _resume(self, ema: GradientEMA, step: int) -> bool:
         """Continues from the newest accumulation that is not later than ``step``; later ones belong to a past that is not.
-
-        Returns whether it is that of ``step``.
-        """
+        Returns whether it is that of ``step``."""
         saved = self._saved()
         later = [other for other in saved if other > step]
         for other in later:
@@ -386,12 +383,9 @@ def _write(files: list[Path], found: list[so.MaskSet], step: int, uploader: Any)
 
 
 def _metrics(masks: so.MaskSet, prefix: str) -> dict[str, float | int]:
-    return {
-        f"{prefix}/active_fraction": masks.density,
-        f"{prefix}/active_count": masks.active_parameters,
-        f"{prefix}/total_count": masks.total_parameters,
-        f"{prefix}/sparsity": masks.sparsity,
-    }
+    values = {"active_fraction": masks.density, "active_count": masks.active_parameters,
+              "total_count": masks.total_parameters, "sparsity": masks.sparsity}  # fmt: skip
+    return {f"{prefix}/{key}": value for key, value in values.items()}
 
 
 def _summarize(args: TrainingArguments, masks: so.MaskSet) -> None:

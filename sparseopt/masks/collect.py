@@ -182,17 +182,15 @@ class GradientEMA:
         self, gradients: dict[int, Tensor], decay: float | Tensor | None, weight: float, inverse: Tensor | None
     ) -> None:
         lists: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        for i, gradient in gradients.items():
-            stored, arrived = lists.setdefault((gradient.device, gradient.dtype), ([], []))
-            stored.append(self._stored[i])
+        for i, home in enumerate(self._stored):
+            gradient = gradients.get(i)
+            if gradient is None:
+                if decay is None:
+                    continue
+                gradient = home.new_empty(0)
+            stored, arrived = lists.setdefault((home.device, gradient.dtype), ([], []))
+            stored.append(home)
             arrived.append(gradient)
-        if decay is not None:  # of parameters without a gradient, too
-            for i in range(len(self._stored)):
-                if i not in gradients:
-                    home = self._stored[i]
-                    stored, arrived = lists.setdefault((home.device, home.dtype), ([], []))
-                    stored.append(home)
-                    arrived.append(home.new_empty(0))
         for stored, arrived in lists.values():
             _accumulate(stored, arrived, decay, weight, inverse)
 
