@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def measure(
     if device.type == "cuda":
         peaks["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
         peaks["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
-    limits = {"chosen": _tolerance(ema, mask_density), "default": DEFAULT_TOLERANCE}
+    limits = {"chosen": lambda: _tolerance(ema, mask_density), "default": lambda: DEFAULT_TOLERANCE}
     mask_steps = {name: _mask_step(ema, limit, lambda: step(True), device) for name, limit in limits.items()}
     without, with_ = (_quantiles(times[collecting]) for collecting in (False, True))
     added = with_["median"] - without["median"]
@@ -162,7 +163,9 @@ def _tolerance(ema: so.GradientEMA, density: float) -> float:
     return float(values.kthvalue(max(1, values.numel() - round(density * values.numel()))).values)
 
 
-def _mask_step(ema: so.GradientEMA, tolerance: float, step: Callable[[], None], device: torch.device) -> dict[str, Any]:
+def _mask_step(
+    ema: so.GradientEMA, tolerance: Callable[[], float], step: Callable[[], None], device: torch.device
+) -> dict[str, Any]:
     """What a step at which masks are made and saved adds: ``held_up_ms`` of the training thread, also by part,
     ``background_ms`` of the writer's thread with nothing else to do, and ``step_beside_ms``, a training step meanwhile."""
     found: list[so.MaskSet] = []
@@ -171,15 +174,18 @@ def _mask_step(ema: so.GradientEMA, tolerance: float, step: Callable[[], None], 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mask.safetensors"
 
+        def make(limit: float) -> None:
+            found[:] = [ema.masks(limit)]
+
         def save() -> None:
             found[0].save(path, compress=True)
 
         for turn in range(1 + MASK_ROUNDS):
-            found.clear()
+            step()
+            limit = tolerance()
             step()  # so that the RMS has the decay of an update to multiply in
             work: dict[str, Callable[[], Any]] = {
-                "rms": ema.rms_mean, "masks": lambda: found.append(ema.masks(tolerance)),
-                "counts": lambda: found[0].metadata,
+                "rms": ema.rms_mean, "masks": partial(make, limit), "counts": lambda: found[0].metadata,
             }  # fmt: skip
             times = {name: _time(run, device) for name, run in work.items()}
             saving = _time(save, device)
@@ -196,7 +202,7 @@ def _mask_step(ema: so.GradientEMA, tolerance: float, step: Callable[[], None], 
         size = path.stat().st_size
     parts = {name: _quantiles(values) for name, values in held_up.items()}
     return {
-        "tolerance": tolerance, "active_fraction": found[0].density, "file_bytes": size,
+        "tolerance": limit, "active_fraction": found[0].density, "file_bytes": size,
         "held_up_ms": sum(part["median"] for part in parts.values()), "held_up_parts_ms": parts,
         "background_ms": _quantiles(background),
         "step_beside_ms": {"steps": len(beside), **_quantiles(beside)} if beside else None,

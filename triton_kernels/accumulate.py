@@ -4,10 +4,11 @@
 stored: T tensors, fp32; grads: T tensors of one dtype and of their sizes, an empty one means "none"; decay, inverse: fp32[]
 on the device, or None; weight: a number that changes with every call and is no part of what is compiled.
 
-A program takes one range of 4096 entries: 16 per thread at 8 warps, moved 16 bytes at a time, so that a multiprocessor has
-some 190 KiB on their way. Memory bounds it: 10 bytes an entry with 16-bit gradients. The table of ranges, int64[C, 3] with
-rows (tensor, range, entries), depends on the sizes only and stays on the device. The last range of a tensor is masked, in a
-branch of its own: a mask would make the loads of all others narrow.
+A program takes one range of 4096 entries: 16 per thread at 8 warps, moved 4 at a time (16 bytes; of 16-bit gradients 8, since
+with 16 a thread would hold others than of the accumulators, and exchange them), so that a multiprocessor has some 190 KiB on
+their way. Memory bounds it: 10 bytes an entry with 16-bit gradients. The table of ranges, int64[C, 3] with rows (tensor, range,
+entries), depends on the sizes only and stays on the device. The last range of a tensor is masked, in a branch of its own: a
+mask would make the loads of all others narrow.
 
 No multiply-adds are fused: every operation is rounded, as on the CPU. Each entry has one writer: deterministic.
 """
@@ -61,6 +62,7 @@ def _accumulate_kernel(
     ACC: tl.constexpr,
     STORED_ALIGNED: tl.constexpr,  # to 16 bytes, all of them
     GRAD_ALIGNED: tl.constexpr,
+    GRAD_BYTES: tl.constexpr,  # that a thread loads at a time
     BLOCK: tl.constexpr,
 ):
     row = ranges + tl.program_id(0).to(tl.int64) * 3
@@ -73,7 +75,7 @@ def _accumulate_kernel(
     if STORED_ALIGNED:
         squares = tl.multiple_of(squares, 16)
     if GRAD_ALIGNED:
-        gradient = tl.multiple_of(gradient, 16)
+        gradient = tl.multiple_of(gradient, GRAD_BYTES)
     squares, gradient = squares + first, gradient + first
     i = tl.arange(0, BLOCK)
     if present or decay is not None:
@@ -130,6 +132,7 @@ def accumulate_squares_(
             ACC=tl.float64 if found.dtype == torch.float64 else tl.float32,
             STORED_ALIGNED=home.aligned,
             GRAD_ALIGNED=found.aligned,
+            GRAD_BYTES=min(16, 4 * found.dtype.itemsize),
             BLOCK=BLOCK,
             num_warps=8,
             enable_fp_fusion=False,

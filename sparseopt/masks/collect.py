@@ -188,9 +188,9 @@ class GradientEMA:
                 if decay is None:
                     continue
                 gradient = home.new_empty(0)
-            stored, arrived = lists.setdefault((home.device, gradient.dtype), ([], []))
-            stored.append(home)
-            arrived.append(gradient)
+            together = lists.setdefault((home.device, gradient.dtype), ([], []))
+            together[0].append(home)
+            together[1].append(gradient)
         for stored, arrived in lists.values():
             _accumulate(stored, arrived, decay, weight, inverse)
 

@@ -27,7 +27,7 @@ def test_every_arm_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str
         chosen, default = result["mask_steps"]["chosen"], result["mask_steps"]["default"]
         assert result["overhead"] == pytest.approx((with_ - without + chosen["held_up_ms"] / 10) / without)
         assert result["accumulation_bytes"] == 4 * result["parameters"]
-        assert 0.015 < chosen["active_fraction"] < 0.035
+        assert 0.015 < chosen["active_fraction"] < 0.05
         assert default["tolerance"] == MaskCollector(tmp_path).tolerances[0]
         for step in (chosen, default):
             parts = step["held_up_parts_ms"]

@@ -158,6 +158,49 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
     assert not stored.any()
 
 
+# ---- as it is compiled, which needs no GPU -----------------------------------------------------------------------------
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "loads"), [("bf16", ("v4.b32", "v2.b32")), ("fp16", ("v4.b32", "v2.b32")), ("fp32", ("v4.b32",))]
+)
+def test_whole_ranges_are_moved_four_entries_at_a_time(
+    native_only: None, dtype: str, loads: tuple[str, ...], scaled: bool
+) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from sparseopt.triton_kernels import accumulate
+
+    kernel, element = accumulate._accumulate_kernel, triton.language.dtype(dtype)
+    fixed = {
+        "GRAD": element, "ACC": triton.language.float32, "STORED_ALIGNED": True, "GRAD_ALIGNED": True,
+        "GRAD_BYTES": element.primitive_bitwidth // 2, "BLOCK": accumulate.BLOCK,
+        **({} if scaled else {"decay": None, "inverse": None}),
+    }  # fmt: skip
+    kinds = {
+        "stored": "*i64",
+        "grads": "*i64",
+        "ranges": "*i64",
+        "weight": "fp32",
+        "decay": "*fp32",
+        "inverse": "*fp32",
+    }
+    signature = {name: "constexpr" if name in fixed else kinds[name] for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(
+        kernel, signature, {(i,): fixed[name] for i, name in enumerate(signature) if name in fixed}
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False}
+    )
+    for access in (*(f"ld.global.{load}" for load in loads), "st.global.v4.b32"):
+        # 16 entries of a thread, 4 at a time; fp32 gradients are loaded as the accumulators are.
+        assert compiled.asm["ptx"].count(access) == (8 if access == "ld.global.v4.b32" and dtype == "fp32" else 4), (
+            access
+        )
+    assert "fma" not in compiled.asm["ptx"]
+    assert compiled.metadata.shared == 0
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def cuda() -> torch.device:
