@@ -119,3 +119,34 @@ def test_masks_are_files_like_any_other(tmp_path: Path, compress: bool) -> None:
     for name in ema.names:
         assert torch.equal(masks[name], ema[name] > 0.01)
     assert masks.count("p2") == 0
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_updates_on_a_gpu_wait_for_nothing_and_give_the_bits_of_the_cpu(scale: float | None) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    dtypes = (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16)
+    models = [model_of(*dtypes), model_of(*dtypes).to("cuda")]
+    emas = [so.GradientEMA(model, beta=0.5) for model in models]
+    scales = [None if scale is None else torch.tensor(scale, device=device) for device in ("cpu", "cuda")]
+    for step in range(45):  # past the step where the scale is multiplied in
+        for model in models:
+            for name, param in model.items():
+                generator = torch.Generator().manual_seed(step)
+                gradient = torch.randn(param.shape, generator=generator).to(param.dtype)
+                param.grad = None if (step + len(name)) % 5 == 0 and name == "p1" else gradient.to(param.device)
+        emas[0].update(scales[0])
+        if step < 2:  # compiles
+            emas[1].update(scales[1])
+            continue
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            emas[1].update(scales[1])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for name in emas[0].names:
+        assert torch.equal(emas[0][name], emas[1][name].cpu())
+    assert emas[0].masks(0.3) == emas[1].masks(0.3)
