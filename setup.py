@@ -10,7 +10,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = ["bindings.cpp", "codec.cpp", "gather.cpp", "masks.cpp", "scatter.cpp", "sparse_adamw.cpp"]
+SOURCES = [
+    "accumulate.cpp", "bindings.cpp", "codec.cpp", "gather.cpp", "masks.cpp", "scatter.cpp", "sparse_adamw.cpp",
+]  # fmt: skip
 
 
 def extension_arguments() -> dict:

@@ -3,18 +3,22 @@
     python -m sparseopt.benchmarks.collector --shape qwen2.5-0.5b --batch 8 --sequence 1024 --output collector.json
 
 A turn is one step without and one with the collector (forward, backward, update, clipping, optimizer); which comes first
-alternates. Warm-up turns are left out. What a mask step costs (the masks, their file, the RMS) is timed apart and spread over
-``--mask_interval`` steps. Weights are random. Nothing is timed unless an update agrees with the formula.
+alternates. Warm-up turns are left out. What a mask step adds is timed apart, after one that warms up: how long it holds up the
+training thread (the RMS, the masks, their counts), which is spread over ``--mask_interval`` steps, and what the writer's thread
+does beside training (coding the masks, their file). Masks are made at a tolerance that leaves ``--mask_density`` of the entries
+active, and at the default one. Weights are random. Nothing is timed unless an update agrees with the formula.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,10 @@ import torch
 from torch import nn
 
 import sparseopt as so
+from sparseopt._background import Background
 from sparseopt._files import atomic_write
 from sparseopt.benchmarks.interleaved import environment
+from sparseopt.benchmarks.train_results import commit
 from sparseopt.progress import Progress, announce_device
 from sparseopt.shapes import SHAPES, build_shape
 
@@ -31,7 +37,9 @@ __all__ = ["main", "measure"]
 
 WARM_UP = 3
 ARMS = ("dense", "masked", "captured")
-TOLERANCE = 1e-9
+DEFAULT_TOLERANCE = 1e-5  # of MaskCollector
+SAMPLE = 1 << 20  # entries that the other tolerance is chosen from
+MASK_ROUNDS = 5
 
 
 def measure(
@@ -41,9 +49,10 @@ def measure(
     arm: str = "dense",
     batch: int = 8,
     sequence: int = 1024,
-    rounds: int = 20,
+    rounds: int = 40,
     dtype: torch.dtype = torch.bfloat16,
     density: float = 0.025,
+    mask_density: float = 0.025,
     mask_interval: int = 1000,
     offload: bool = False,
 ) -> dict[str, Any]:
@@ -58,12 +67,14 @@ def measure(
         rounds: timed turns.
         dtype: of the weights.
         density: of the masked arms' random mask.
+        mask_density: share of the entries that the masks made have active.
         mask_interval: steps that the cost of one mask step is spread over.
         offload: keep the accumulation on the host.
 
     Returns:
-        ``step_ms`` of both ways (median, p20, p80), ``update_share`` (what the updates add to a step), ``mask_step_ms`` by
-        part, ``overhead`` (updates and mask steps, against a step without), and what it was measured with.
+        ``step_ms`` of both ways (median, p20, p80), ``update_share`` (what the updates add to a step), ``mask_steps``
+        (:func:`_mask_step`) at the ``chosen`` and the ``default`` tolerance, ``overhead`` (updates, and what masks at the
+        chosen tolerance hold up, against a step without), and what it was measured with.
     """
     model: Any = build_shape(shape, device=device, dtype=dtype).train()
     optimizer = _optimizer(model, arm, density)
@@ -95,7 +106,12 @@ def measure(
                 if turn >= WARM_UP:
                     times[collecting].append(milliseconds)
             progress.update()
-    parts = _mask_step(ema, device)
+    peaks = {}
+    if device.type == "cuda":
+        peaks["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+        peaks["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    limits = {"chosen": lambda: _tolerance(ema, mask_density), "default": lambda: DEFAULT_TOLERANCE}
+    mask_steps = {name: _mask_step(ema, limit, lambda: step(True), device) for name, limit in limits.items()}
     without, with_ = (_quantiles(times[collecting]) for collecting in (False, True))
     added = with_["median"] - without["median"]
     result: dict[str, Any] = {
@@ -104,14 +120,14 @@ def measure(
         "parameters": sum(p.numel() for p in model.parameters()), "accumulation_bytes": ema.nbytes,
         "step_ms": {"without": without, "with": with_},
         "update_share": added / without["median"],
-        "mask_step_ms": parts,
+        "mask_steps": mask_steps,
         "mask_interval": mask_interval,
-        "overhead": (added + sum(parts.values()) / mask_interval) / without["median"],
-        "environment": environment(),
+        "overhead": (added + mask_steps["chosen"]["held_up_ms"] / mask_interval) / without["median"],
+        **peaks,
+        "environment": {**environment(), "date": datetime.date.today().isoformat(), "commit": commit()},
     }  # fmt: skip
     if device.type == "cuda":
         result["environment"]["device"] = torch.cuda.get_device_name(device)
-        result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
     return result
 
 
@@ -140,15 +156,57 @@ def _check(model: nn.Module, backward: Callable[[], None], dtype: torch.dtype) -
     backward()  # what the first backward pass allocates and compiles
 
 
-def _mask_step(ema: so.GradientEMA, device: torch.device) -> dict[str, float]:
-    """Milliseconds of the parts of a step at which a mask is made and saved."""
+def _tolerance(ema: so.GradientEMA, density: float) -> float:
+    """The tolerance that about this share of the entries exceeds, from evenly spaced ones."""
+    stride = max(1, ema.nbytes // 4 // SAMPLE) | 1
+    values = torch.cat([ema[name].reshape(-1)[::stride].cpu() for name in ema.names])
+    return float(values.kthvalue(max(1, values.numel() - round(density * values.numel()))).values)
+
+
+def _mask_step(
+    ema: so.GradientEMA, tolerance: Callable[[], float], step: Callable[[], None], device: torch.device
+) -> dict[str, Any]:
+    """What a step at which masks are made and saved adds: ``held_up_ms`` of the training thread, also by part,
+    ``background_ms`` of the writer's thread with nothing else to do, and ``step_beside_ms``, a training step meanwhile."""
     found: list[so.MaskSet] = []
+    held_up: dict[str, list[float]] = {"rms": [], "masks": [], "counts": []}
+    background: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        return {
-            "rms": _time(ema.rms_mean, device),
-            "masks": _time(lambda: found.append(ema.masks(TOLERANCE)), device),
-            "save_masks": _time(lambda: found[0].save(Path(folder) / "mask.safetensors", compress=True), device),
-        }
+        path = Path(folder) / "mask.safetensors"
+
+        def make(limit: float) -> None:
+            found[:] = [ema.masks(limit)]
+
+        def save() -> None:
+            found[0].save(path, compress=True)
+
+        for turn in range(1 + MASK_ROUNDS):
+            step()
+            limit = tolerance()
+            step()  # so that the RMS has the decay of an update to multiply in
+            work: dict[str, Callable[[], Any]] = {
+                "rms": ema.rms_mean, "masks": partial(make, limit), "counts": lambda: found[0].metadata,
+            }  # fmt: skip
+            times = {name: _time(run, device) for name, run in work.items()}
+            saving = _time(save, device)
+            if turn:
+                background.append(saving)
+                for name, milliseconds in times.items():
+                    held_up[name].append(milliseconds)
+        beside: list[float] = []
+        writer = Background("sparseopt-benchmark")
+        writer.submit(save)
+        while writer.pending:
+            beside.append(_time(step, device))
+        writer.close()
+        size = path.stat().st_size
+    parts = {name: _quantiles(values) for name, values in held_up.items()}
+    return {
+        "tolerance": limit, "active_fraction": found[0].density, "file_bytes": size,
+        "held_up_ms": sum(part["median"] for part in parts.values()), "held_up_parts_ms": parts,
+        "background_ms": _quantiles(background),
+        "step_beside_ms": {"steps": len(beside), **_quantiles(beside)} if beside else None,
+    }  # fmt: skip
 
 
 def _time(run: Callable[[], Any], device: torch.device) -> float:
@@ -176,9 +234,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sequence", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--density", type=float, default=0.025)
+    parser.add_argument("--mask_density", type=float, default=0.025)
     parser.add_argument("--mask_interval", type=int, default=1000)
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--device", default="auto")

@@ -16,6 +16,8 @@ Terms used by all ops:
 * ``hyper`` is ``float64[G, 8]``: ``lr, beta1, beta2, eps, weight_decay, maximize, correct_bias, amsgrad`` (the last
   three 0 or 1) per parameter group; ``groups`` is ``int32[T]``, the row of each tensor.
 * ``values`` of ``scatter_values_`` is ``[N]`` in the parameters' dtype.
+* ``accumulate_squares_`` knows no masks: ``stored`` is T fp32 tensors, ``grads`` T gradients of their sizes (one dtype),
+  ``decay`` and ``inverse`` are fp32[] on the device.
 * An empty tensor in ``params`` or ``grads`` stands for "no gradient this time": its entries and step are left alone.
 """
 
@@ -57,6 +59,9 @@ OPS = {
         "Tensor(b!) multiplier, Tensor(c!) skip) -> ()"
     ),
     "scatter_values_": "(Tensor(a!)[] params, Tensor values, Tensor indices, Tensor chunks, int run) -> ()",
+    "accumulate_squares_": (
+        "(Tensor(a!)[] stored, Tensor[] grads, float weight, Tensor? decay, Tensor? inverse) -> ()"
+    ),
     "sparse_adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor? compact_grad, Tensor indices, Tensor chunks, Tensor groups, "
         "Tensor hyper, Tensor(b!) steps, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)? max_exp_avg_sq, "
@@ -119,6 +124,13 @@ def _(
 
 @_fake("scatter_values_")
 def _(params: Sequence[Tensor], values: Tensor, indices: Tensor, chunks: Tensor, run: int) -> None:
+    return None
+
+
+@_fake("accumulate_squares_")
+def _(
+    stored: Sequence[Tensor], grads: Sequence[Tensor], weight: float, decay: Tensor | None, inverse: Tensor | None
+) -> None:
     return None
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparseopt.optim.plan import IndexPlan
 
 __all__ = [
+    "accumulate_squares_",
     "clip_coefficient_",
     "gather_grads_",
     "mask_indices",
@@ -170,6 +171,55 @@ def scatter_values_(params: Sequence[Tensor], values: Tensor, indices: Tensor, c
     if chunks.dim() != 2 or chunks.shape[1] != 6 or chunks.dtype != torch.int64 or chunks.device != values.device:
         raise ValueError(f"chunks must be int64[C, 6] on {values.device}, got {_describe(chunks)}.")
     _ops.scatter_values_(list(params), values, indices, chunks, run)
+
+
+def accumulate_squares_(
+    stored: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    weight: float,
+    *,
+    decay: float | Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> None:
+    """Adds the weighted squares of gradients to accumulators, all tensors in one call, without waiting for the device::
+
+        stored <- stored * decay + ((g * inverse) * weight) * (g * inverse)
+
+    Each operation is rounded, in this order: every backend gives the same bits. The product with ``decay`` is fp32, the
+    rest too, or fp64 for fp64 gradients.
+
+    Args:
+        stored: T accumulators, fp32, contiguous, on one device, written in place. No two may overlap.
+        grads: T gradients of their sizes, of one dtype (fp32, bf16, fp16 or fp64), on that device; one that is not
+            contiguous is copied. An empty one means "none": its accumulator decays only.
+        weight: of the squares; rounded to fp32. May change at every call.
+        decay: what the accumulators are multiplied by in the same pass, a number or fp32[] on the device.
+        inverse: fp32[] on the device, what gradients are multiplied by (1 / loss scale; 0 after an overflow). With it,
+            entries that are not finite count as 0.
+    """
+    if len(stored) != len(grads):
+        raise ValueError(f"accumulate_squares_ got {len(grads)} gradients for {len(stored)} accumulators.")
+    if not stored:
+        return
+    device = stored[0].device
+    dtypes = {grad.dtype for grad in grads if grad.numel()}
+    if len(dtypes) > 1 or not dtypes <= set(PARAMETER_DTYPES):
+        raise TypeError(
+            f"expected gradients of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}."
+        )
+    for position, (squares, grad) in enumerate(zip(stored, grads, strict=True)):
+        if squares.dtype != torch.float32 or squares.device != device or not squares.is_contiguous():
+            raise ValueError(f"accumulator {position} must be contiguous fp32 on {device}, got {_describe(squares)}.")
+        if grad.numel() and (grad.numel() != squares.numel() or grad.device != device):
+            raise ValueError(
+                f"gradient {position} must have {squares.numel()} entries on {device}, got {_describe(grad)}."
+            )
+    if isinstance(decay, float):
+        decay = torch.full((), decay, dtype=torch.float32, device=device)
+    for name, value in {"decay": decay, "inverse": inverse}.items():
+        if value is not None and (value.dim() or value.dtype != torch.float32 or value.device != device):
+            raise ValueError(f"{name} must be one fp32 number on {device}, got {_describe(value)}.")
+    _ops.accumulate_squares_(list(stored), [grad.contiguous() for grad in grads], float(weight), decay, inverse)
 
 
 def sparse_adamw_(

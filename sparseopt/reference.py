@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "IMPLEMENTATIONS",
     "RESIDUAL_LIMIT",
+    "accumulate_squares_",
     "arena_positions",
     "clip_coefficient_",
     "gather_grads_",
@@ -159,6 +160,32 @@ def scatter_values_(params: Sequence[Tensor], values: Tensor, indices: Tensor, c
 
 
 @torch.no_grad()
+def accumulate_squares_(
+    stored: Sequence[Tensor], grads: Sequence[Tensor], weight: float, decay: Tensor | None, inverse: Tensor | None
+) -> None:
+    """stored <- stored * decay + ((g * inverse) * weight) * (g * inverse), each operation rounded, in this order.
+
+    The product with ``decay`` is fp32, the rest too, or fp64 for fp64 gradients; ``weight`` is rounded to fp32. With
+    ``inverse``, what is not finite after it counts as 0. Tensors without a gradient decay.
+    """
+    weight = torch.tensor(weight, dtype=torch.float32).item()
+    for squares, grad in zip(stored, grads, strict=True):
+        if decay is not None:
+            squares.mul_(decay)
+        if grad.numel() != squares.numel():
+            if grad.numel():
+                raise ValueError(
+                    f"a gradient of {grad.numel()} entries does not fit {squares.numel()} accumulated ones."
+                )
+            continue
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32)).view(squares.shape)
+        if inverse is not None:
+            wide = wide * inverse
+            wide = torch.where(torch.isfinite(wide), wide, 0.0)
+        squares.copy_(squares + (wide * weight) * wide)
+
+
+@torch.no_grad()
 def sparse_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -255,5 +282,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gather_grads_": gather_grads_,
     "clip_coefficient_": clip_coefficient_,
     "scatter_values_": scatter_values_,
+    "accumulate_squares_": accumulate_squares_,
     "sparse_adamw_": sparse_adamw_,
 }

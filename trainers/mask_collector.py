@@ -14,6 +14,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import sparseopt as so
+from sparseopt._background import Background
 from sparseopt._files import FormatError
 from sparseopt.masks.collect import GradientEMA, check_tolerances
 from sparseopt.trainers.callbacks import add_to_entry, calling, come_first
@@ -37,6 +38,10 @@ class MaskCollector(TrainerCallback):
     ``grad_ema/rms_mean`` and ``grad_mask/active_fraction``, ``active_count``, ``total_count``, ``sparsity`` and ``step``
     (which they belong to) join the trainer's next log entry, for trackers and ``log_history`` alike; metadata goes into the
     summary of a Weights & Biases run.
+
+    Mask files are written, and uploads begun, in another thread: training waits only where the masks before are not
+    written yet. What goes wrong there is raised at the next masks, at the latest at the end of training. A file is written
+    whole or not at all; masks that a killed process lacked are made when training resumes at their step.
 
     A trainer tells nobody when it fails: as a context manager the collector lets go of the trainer then, and of its memory.
 
@@ -116,6 +121,7 @@ class MaskCollector(TrainerCallback):
             "beta": beta, "epsilon": epsilon, "bias_correction": bias_correction, "offload": offload,
         }  # fmt: skip
         self._uploader: Any = None
+        self._writer: Background | None = None
         self._values: dict[str, Any] = {}
         self._undo: list[Callable[[], None]] = []
         self._active = self._collected = self._warned = False
@@ -132,17 +138,16 @@ class MaskCollector(TrainerCallback):
         self.ema = GradientEMA(model, **self._options)
         if self.base_model is None:
             self.base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        self._resume(self.ema, state.global_step)
+        exact = self._resume(self.ema, state.global_step)
         if self.save_interval == 1 and self.ema.nbytes >= LARGE:
             warnings.warn(f"save_interval=1 writes {self.ema.nbytes / 2**30:.1f} GiB of accumulation at every step.",
                           stacklevel=2)  # fmt: skip
         if state.max_steps < self.mask_save_interval:
             warnings.warn(f"training ends after {state.max_steps} steps, before the first mask: mask_save_interval is "
                           f"{self.mask_save_interval}.", stacklevel=2)  # fmt: skip
-        if self.ema.frozen:
-            _say(
-                f"{len(self.ema.frozen)} parameters are frozen (such as {self.ema.frozen[0]}): inactive in every mask."
-            )
+        frozen = self.ema.frozen
+        if frozen:
+            _say(f"{len(frozen)} parameters are frozen (such as {frozen[0]}): inactive in every mask.")
         self._hook(args, self.ema, optimizer)
         if self.upload_to_hf:
             from sparseopt.hub import Uploader
@@ -152,7 +157,11 @@ class MaskCollector(TrainerCallback):
                 self.hf_repo_id, private=self.hf_private, spool_dir=self.folder / "spool", base_model=self.base_model,
                 say=_say,
             )  # fmt: skip
+        self._writer = Background("sparseopt-masks")
         self._active, self._collected, self._warned, self._values = True, False, False, {}
+        step = state.global_step
+        if exact and self._masks_due(step) and not all(path.is_file() for path in self._mask_files(step)):
+            self._make_masks(args, self.ema, step)  # the checkpoint was complete before the masks were
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._collected = False
@@ -166,8 +175,7 @@ class MaskCollector(TrainerCallback):
         if not self._active or ema is None:
             return
         save = step % self.save_interval == 0
-        upload = self.upload_to_hf and step % self.hf_upload_interval == 0
-        masks = upload or step % self.mask_save_interval == 0
+        masks = self._masks_due(step)
         if not (save or masks) or not ema.count:
             return
         rms = ema.rms_mean()
@@ -179,7 +187,7 @@ class MaskCollector(TrainerCallback):
                 f"the accumulated gradients hold NaN at step {step}: those entries stay inactive.", stacklevel=2
             )
         if masks:
-            self._make_masks(args, ema, step, upload)
+            self._make_masks(args, ema, step)
         if save:
             self._save(args, ema, step)
 
@@ -195,9 +203,13 @@ class MaskCollector(TrainerCallback):
             self._values = {}
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        if self._uploader is not None:
-            self._uploader.flush(FLUSH_SECONDS)
-        self.close()
+        try:
+            if self._writer is not None:
+                self._writer.flush()
+            if self._uploader is not None:
+                self._uploader.flush(FLUSH_SECONDS)
+        finally:
+            self.close()
 
     # ---- gradients -------------------------------------------------------------------------------------------------------
     def _hook(self, args: TrainingArguments, ema: GradientEMA, optimizer: Any) -> None:
@@ -242,7 +254,20 @@ class MaskCollector(TrainerCallback):
         self.ema.update(scaler._scale if scaling else None)
 
     # ---- masks -----------------------------------------------------------------------------------------------------------
-    def _make_masks(self, args: TrainingArguments, ema: GradientEMA, step: int, upload: bool) -> None:
+    def _uploads_at(self, step: int) -> bool:
+        return self.upload_to_hf and step % self.hf_upload_interval == 0
+
+    def _masks_due(self, step: int) -> bool:
+        return self._uploads_at(step) or step % self.mask_save_interval == 0
+
+    def _mask_files(self, step: int) -> list[Path]:
+        """The files of a step, in the order of the tolerances."""
+        first = self.folder / f"grad_mask_step_{step}.safetensors"
+        if not self.save_masks:
+            return [first] if self._uploads_at(step) else []
+        return [first, *(first.with_stem(f"{first.stem}_tolerance_{limit:g}") for limit in self.tolerances[1:])]
+
+    def _make_masks(self, args: TrainingArguments, ema: GradientEMA, step: int) -> None:
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         found = [
             masks.with_metadata(step=step, timestamp=stamp, base_model=self.base_model)
@@ -254,15 +279,10 @@ class MaskCollector(TrainerCallback):
             self._values |= _metrics(masks, f"grad_mask/tolerance_{limit:g}")
         _say(f"Step {step} | Active Fraction: {first.density:.4f} | Sparsity: {first.sparsity:.4f}")
         _summarize(args, first)
-        target = self.folder / f"grad_mask_step_{step}.safetensors"
-        if self.save_masks or upload:
-            first.save(target, compress=True)
-            _say(f"Saved gradient masks to {target}")
-        if self.save_masks:
-            for limit, masks in zip(self.tolerances[1:], found[1:], strict=True):
-                masks.save(target.with_stem(f"{target.stem}_tolerance_{limit:g}"), compress=True)
-        if upload:
-            self._uploader.submit(step, target, first.metadata)
+        files = self._mask_files(step)
+        if files and self._writer is not None:
+            uploader = self._uploader if self._uploads_at(step) else None
+            self._writer.submit(_write, files, found[: len(files)], step, uploader)
 
     # ---- the accumulation's files ------------------------------------------------------------------------------------
     def _file(self, step: int) -> Path:
@@ -283,8 +303,9 @@ class MaskCollector(TrainerCallback):
                 if not (Path(args.output_dir or ".") / f"checkpoint-{old}").is_dir():
                     self._file(old).unlink(missing_ok=True)
 
-    def _resume(self, ema: GradientEMA, step: int) -> None:
-        """Continues from the newest accumulation that is not later than ``step``; later ones belong to a past that is not."""
+    def _resume(self, ema: GradientEMA, step: int) -> bool:
+        """Continues from the newest accumulation that is not later than ``step``; later ones belong to a past that is not.
+        Returns whether it is that of ``step``."""
         saved = self._saved()
         later = [other for other in saved if other > step]
         for other in later:
@@ -300,20 +321,27 @@ class MaskCollector(TrainerCallback):
             if found < step:
                 warnings.warn(f"the accumulation of step {found} is the newest of this training, which resumes at step "
                               f"{step}: the gradients between are missing from it.", stacklevel=3)  # fmt: skip
-            return
+            return found == step
         if step:
             warnings.warn(f"training resumes at step {step}, but '{self.folder}' holds no accumulation up to there: the "
                           "accumulation starts anew.", stacklevel=3)  # fmt: skip
+        return False
 
     # ---- ending ----------------------------------------------------------------------------------------------------------
     def close(self) -> None:
-        """Lets go of the trainer; uploads that are not done stay in ``grad_acc/spool``. ``ema`` stays."""
+        """Lets go of the trainer, waits for masks that are being written and raises their error; uploads that are not done
+        stay in ``grad_acc/spool``. ``ema`` stays."""
         self._active = False
         while self._undo:
             self._undo.pop()()
-        if self._uploader is not None:
-            uploader, self._uploader = self._uploader, None
-            uploader.close()
+        writer, self._writer = self._writer, None
+        uploader, self._uploader = self._uploader, None
+        try:
+            if writer is not None:
+                writer.close()
+        finally:
+            if uploader is not None:
+                uploader.close()
 
     def __enter__(self) -> MaskCollector:
         return self
@@ -321,8 +349,10 @@ class MaskCollector(TrainerCallback):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
-        self.ema = None
+        try:
+            self.close()
+        finally:
+            self.ema = None
 
 
 def collector_of(config: dict[str, dict[str, Any]], folder: Path, way: str) -> MaskCollector | None:
@@ -342,13 +372,20 @@ def collector_of(config: dict[str, dict[str, Any]], folder: Path, way: str) -> M
         raise ValueError(f"grad_acc: {error}") from None
 
 
+def _write(files: list[Path], found: list[so.MaskSet], step: int, uploader: Any) -> None:
+    """In the writer's thread."""
+    for path, masks in zip(files, found, strict=True):
+        masks.save(path, compress=True)
+        if path is files[0]:
+            _say(f"Saved gradient masks to {path}")
+    if uploader is not None:
+        uploader.submit(step, files[0], found[0].metadata)
+
+
 def _metrics(masks: so.MaskSet, prefix: str) -> dict[str, float | int]:
-    return {
-        f"{prefix}/active_fraction": masks.density,
-        f"{prefix}/active_count": masks.active_parameters,
-        f"{prefix}/total_count": masks.total_parameters,
-        f"{prefix}/sparsity": masks.sparsity,
-    }
+    values = {"active_fraction": masks.density, "active_count": masks.active_parameters,
+              "total_count": masks.total_parameters, "sparsity": masks.sparsity}  # fmt: skip
+    return {f"{prefix}/{key}": value for key, value in values.items()}
 
 
 def _summarize(args: TrainingArguments, masks: so.MaskSet) -> None:

@@ -9,6 +9,7 @@ if __name__ != "sparseopt.triton_kernels":
 from collections.abc import Callable
 from typing import Any
 
+from sparseopt.triton_kernels.accumulate import accumulate_squares_
 from sparseopt.triton_kernels.gather import clip_coefficient_, gather_grads_
 from sparseopt.triton_kernels.masks import mask_indices, mask_overlap, pack_mask, popcount, unpack_mask
 from sparseopt.triton_kernels.scatter import scatter_values_
@@ -26,5 +27,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gather_grads_": gather_grads_,
     "clip_coefficient_": clip_coefficient_,
     "scatter_values_": scatter_values_,
+    "accumulate_squares_": accumulate_squares_,
     "sparse_adamw_": sparse_adamw_,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "block_of_entries",
     "describe",
     "entry_positions",
+    "kept_table",
     "narrow",
     "widen",
 ]
@@ -113,20 +114,14 @@ class Described(NamedTuple):
 
 
 _TABLES_KEPT = 128
-_tables: OrderedDict[tuple[torch.device, tuple[int, ...]], tuple[int, Tensor]] = OrderedDict()
+_tables: OrderedDict[tuple[torch.device, Hashable], tuple[int, Tensor]] = OrderedDict()
 _captured: list[Tensor] = []
 _lock = threading.Lock()
 
 
 def describe(what: str, tensors: Sequence[Tensor], device: torch.device) -> Described | None:
-    """Checks a list of tensors and sends their addresses (0 for an empty one) to ``device``; None if all are empty.
-
-    Tables are kept by the addresses in them, so that steps over unmoved tensors copy nothing. A copy is ordered on the
-    stream that made it; another stream makes its own. While a CUDA graph is captured nothing may be copied from
-    pageable memory: the warm-up's table serves, whichever stream made it, and is kept for good, since the graph holds
-    its address.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    """Checks a list of tensors and sends their addresses (0 for an empty one) to ``device``; None if all are empty."""
+    stream = _stream_on(device)
     kept = tensors if isinstance(tensors, TensorList) else None
     if kept is not None and kept.found is not None and kept.found[0] == stream:
         return kept.found[1]
@@ -144,8 +139,22 @@ def describe(what: str, tensors: Sequence[Tensor], device: torch.device) -> Desc
             raise ValueError(
                 f"tensor {position} must be contiguous on {device}, got strides {tensor.stride()} on {tensor.device}."
             )
-    key = (device, tuple(addresses))
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    table = kept_table(tuple(addresses), device, lambda: torch.tensor(addresses, dtype=torch.int64))
+    described = Described(table, dtypes.pop(), all(address % 16 == 0 for address in addresses))
+    if kept is not None and not _capturing(device):
+        kept.found = (stream, described)
+    return described
+
+
+def kept_table(about: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, a table on the CPU that follows from ``about``, on ``device``.
+
+    Tables are kept (addresses by themselves, so that steps over unmoved tensors copy nothing). A copy is ordered on the
+    stream that made it; another stream makes its own. While a CUDA graph is captured nothing may be copied from
+    pageable memory: the warm-up's table serves, whichever stream made it, and is kept for good, since the graph holds
+    its address.
+    """
+    key, stream, capturing = (device, about), _stream_on(device), _capturing(device)
     with _lock:
         owner, table = _tables.get(key, (None, None))
         if table is None or not (owner == stream or capturing):
@@ -154,14 +163,19 @@ def describe(what: str, tensors: Sequence[Tensor], device: torch.device) -> Desc
                     "sparseopt ops in a CUDA graph must have run on the same tensors before the capture: make a "
                     "warm-up step with the graph's own parameters and gradients first."
                 )
-            table = torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
+            table = make().to(device, non_blocking=True)
         if capturing and not any(table is other for other in _captured):
             _captured.append(table)
         _tables[key] = (stream if owner is None or not capturing else owner, table)
         _tables.move_to_end(key)
         while len(_tables) > _TABLES_KEPT:
             _tables.popitem(last=False)
-    described = Described(table, dtypes.pop(), all(address % 16 == 0 for address in addresses))
-    if kept is not None and not capturing:
-        kept.found = (stream, described)
-    return described
+    return table
+
+
+def _stream_on(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

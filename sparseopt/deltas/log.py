@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseopt._background import Background
 from sparseopt._files import FormatError, atomic_write
 from sparseopt.deltas._chain import check_chain, check_delta, delta_path, require_step
 from sparseopt.deltas._file import DeltaFile
@@ -52,8 +52,7 @@ class DeltaLog:
         self._last: int | None = None
         self._fresh = True
         self._tracker: Tracker | None = None
-        self._thread: ThreadPoolExecutor | None = None
-        self._running: Future[None] | None = None
+        self._thread: Background | None = None
 
     # ---- reading -----------------------------------------------------------------------------------------------------
     def steps(self) -> list[int]:
@@ -167,7 +166,7 @@ class DeltaLog:
                 (self.path / f"stats_step_{step}.json").unlink(missing_ok=True)
         chain = self.chain()
         self._base, self._last, self._fresh = base, chain[-1] if chain else None, not resume_step
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sparseopt-delta-log")
+        self._thread = Background("sparseopt-delta-log")
 
     def record(self, step: int, source: torch.nn.Module | Mapping[str, Tensor] | SparseAdamW) -> None:
         """Logs the weights of this moment as those of ``step``; returns before they are written.
@@ -189,27 +188,25 @@ class DeltaLog:
             raise ValueError(f"the step to log must be {expected}, got {step!r}.")
         tracker = self._tracker_for(source, self._base)
         staged = tracker.stage(source)
-        self._running = self._thread.submit(self._write, step, self._base, tracker, staged)
+        self._thread.submit(self._write, step, self._base, tracker, staged)
 
     def flush(self) -> None:
         """Waits for the record on its way; raises its error, once."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        if self._thread is not None:
+            self._thread.flush()
 
     @property
     def pending(self) -> bool:
         """Whether a record is on its way."""
-        return self._running is not None and not self._running.done()
+        return self._thread is not None and self._thread.pending
 
     def close(self) -> None:
         """Waits for the last record and ends writing; raises that record's error."""
         thread, self._thread = self._thread, None
         try:
-            self.flush()
-        finally:
             if thread is not None:
-                thread.shutdown()
+                thread.close()
+        finally:
             self._base = self._tracker = None
 
     def __enter__(self) -> DeltaLog:

@@ -4,9 +4,9 @@
     active = acc > tolerance                           the tolerance applies to the SQUARED gradient: 1e-5 is |g| of 0.003
     rms = sqrt(mean(acc) + epsilon)                    of each parameter; rms_mean is the mean of these
 
-Decay costs no memory traffic: what is stored is acc / scale, with scale = beta^k for the k updates since it was last 1. An
-update is one ``addcmul`` (10 bytes of traffic per bf16 gradient entry instead of 20); reading multiplies the scale in.
-Nothing in an update waits for the device.
+What is stored is acc / scale, with scale = beta^k for the k updates since it was last 1: parameters without a gradient
+decay without being touched; reading multiplies the scale in. An update is one launch of ``accumulate_squares_`` for all
+parameters with gradients of a dtype (10 bytes of traffic per bf16 entry). Nothing in an update waits for the device.
 """
 
 from __future__ import annotations
@@ -181,21 +181,18 @@ class GradientEMA:
     def _update_in_place(
         self, gradients: dict[int, Tensor], decay: float | Tensor | None, weight: float, inverse: Tensor | None
     ) -> None:
-        if decay is not None:
-            for stored in _by_device(self._stored):
-                torch._foreach_mul_(stored, decay if isinstance(decay, float) else decay.float().to(stored[0].device))
-        # Lists of one dtype and device: fp32 gradients take few launches, 16-bit ones a launch each.
         lists: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        for i, gradient in gradients.items():
-            stored, arrived = lists.setdefault((gradient.device, gradient.dtype), ([], []))
-            stored.append(self._stored[i])
-            arrived.append(gradient)
+        for i, home in enumerate(self._stored):
+            gradient = gradients.get(i)
+            if gradient is None:
+                if decay is None:
+                    continue
+                gradient = home.new_empty(0)
+            together = lists.setdefault((home.device, gradient.dtype), ([], []))
+            together[0].append(home)
+            together[1].append(gradient)
         for stored, arrived in lists.values():
-            if inverse is None:
-                torch._foreach_addcmul_(stored, arrived, arrived, weight)
-            else:
-                for squares, gradient in zip(stored, arrived, strict=True):
-                    _add_unscaled(squares, gradient, weight, inverse)
+            _accumulate(stored, arrived, decay, weight, inverse)
 
     def _update_offloaded(
         self, gradients: dict[int, Tensor], decay: float | Tensor | None, weight: float, inverse: Tensor | None
@@ -210,13 +207,8 @@ class GradientEMA:
             for start in range(0, param.numel(), PIECE):
                 home = self._stored[i].view(-1)[start : start + PIECE]
                 squares = home.to(device, non_blocking=True)
-                if decay is not None:
-                    squares.mul_(decay if isinstance(decay, float) else decay.float().to(device))
-                if flat is not None and inverse is None:
-                    part = flat[start : start + PIECE]
-                    squares.addcmul_(part, part, value=weight)
-                elif flat is not None and inverse is not None:
-                    _add_unscaled(squares, flat[start : start + PIECE], weight, inverse)
+                part = squares.new_empty(0) if flat is None else flat[start : start + PIECE]
+                _accumulate([squares], [part], decay, weight, inverse)
                 if squares is not home:  # a CPU tensor is its own copy
                     home.copy_(squares, non_blocking=True)
 
@@ -268,28 +260,35 @@ class GradientEMA:
         """The entries whose accumulated squared gradient exceeds a tolerance, over all parameters of the model.
 
         Args:
-            tolerance: of the squared gradient, 0 or more; several give one MaskSet each, in one pass.
+            tolerance: of the squared gradient, 0 or more; several give one MaskSet each.
 
         Raises:
             ValueError: a tolerance that is not a finite number, 0 or more, or none.
         """
         limits = check_tolerances(tolerance)
         count, divisor = self.count, self._correction()
-        packed: list[dict[str, Tensor]] = [{} for _ in limits]
-        stored = dict(zip(self._names, self._settle(), strict=True))
-        for name, shape in self._shapes.items():
-            for bits, limit in zip(packed, limits, strict=True):
-                if name in stored:
-                    bits[name] = functional.pack_mask(stored[name] > limit * divisor).cpu()
-                else:
-                    bits[name] = torch.zeros((math.prod(shape) + 7) // 8, dtype=torch.uint8)
+        packed = [self._packed(limit * divisor) for limit in limits]
         about = {"method": METHOD, "beta": self.beta, "epsilon": self.epsilon, "updates": count,
-                 "bias_correction": self.bias_correction, "frozen_parameters": len(self._shapes) - len(stored)}  # fmt: skip
+                 "bias_correction": self.bias_correction, "frozen_parameters": len(self._shapes) - len(self._names)}  # fmt: skip
         sets = [
             MaskSet(bits, self._shapes, {"tolerance": limit, **about}, copy_bits=False)
             for bits, limit in zip(packed, limits, strict=True)
         ]
         return sets if isinstance(tolerance, Sequence) else sets[0]
+
+    def _packed(self, limit: float) -> dict[str, Tensor]:
+        """Packed masks of all parameters, on the CPU: one copy from each device."""
+        found: dict[torch.device, dict[str, Tensor]] = {}
+        for name, stored in zip(self._names, self._settle(), strict=True):
+            found.setdefault(stored.device, {})[name] = functional.pack_mask(stored > limit)
+        packed: dict[str, Tensor] = {}
+        for masks in found.values():
+            sizes = [bits.numel() for bits in masks.values()]
+            packed |= zip(masks, torch.cat(list(masks.values())).cpu().split(sizes), strict=True)
+        for name, shape in self._shapes.items():
+            if name not in packed:
+                packed[name] = torch.zeros((math.prod(shape) + 7) // 8, dtype=torch.uint8)
+        return {name: packed[name] for name in self._shapes}
 
     # ---- files -------------------------------------------------------------------------------------------------------
     def save(self, path: str | os.PathLike[str], **metadata: str) -> None:
@@ -370,10 +369,16 @@ def check_tolerances(tolerance: float | Sequence[float]) -> list[float]:
     return [float(limit) for limit in limits]
 
 
-def _add_unscaled(squares: Tensor, gradient: Tensor, weight: float, inverse: Tensor) -> None:
-    """Adds the square of gradient x inverse; ``inverse`` is 0 where the step overflowed (0 x inf would be NaN)."""
-    unscaled = gradient.float().mul_(inverse.to(gradient.device)).nan_to_num_(0.0, 0.0, 0.0)
-    squares.addcmul_(unscaled, unscaled, value=weight)
+def _accumulate(
+    stored: list[Tensor], gradients: list[Tensor], decay: float | Tensor | None, weight: float, inverse: Tensor | None
+) -> None:
+    """One launch, all on one device; ``inverse`` is 0 where the step overflowed: then nothing is added."""
+    device = stored[0].device
+    if isinstance(decay, Tensor):
+        decay = decay.to(device, torch.float32)
+    functional.accumulate_squares_(
+        stored, gradients, weight, decay=decay, inverse=None if inverse is None else inverse.to(device)
+    )
 
 
 def _zeros(param: Tensor, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -123,16 +124,19 @@ def _base(target: Path, parent: MaskSet | str | os.PathLike[str]) -> tuple[MaskS
 
 
 def _compressed(masks: MaskSet, base: MaskSet | None) -> dict[str, Tensor]:
-    tensors = {}
-    for name, shape in masks.shapes.items():
+    def encode(name: str) -> Tensor | None:
+        shape = masks.shapes[name]
         n = math.prod(shape)
         if base is not None and name in base and base.shapes[name] == shape:
-            stored = codec.encode_difference(masks.packed(name), base.packed(name), n)
-        else:
-            stored = codec.encode(masks.packed(name), n)
-        if stored is not None:
-            tensors[name] = stored
-    return tensors
+            return codec.encode_difference(masks.packed(name), base.packed(name), n)
+        return codec.encode(masks.packed(name), n)
+
+    # Coding releases the interpreter. Half of the threads: training may go on beside. The largest first, since it may take
+    # as long as all others.
+    names = sorted(masks, key=lambda name: -masks.packed(name).numel())
+    with ThreadPoolExecutor((torch.get_num_threads() + 1) // 2) as threads:
+        coded = dict(zip(names, threads.map(encode, names), strict=True))
+    return {name: stored for name in masks if (stored := coded[name]) is not None}
 
 
 def _read(header: Header, base: MaskSet | None) -> MaskSet:

@@ -11,6 +11,7 @@ import torch
 
 import sparseopt as so
 from sparseopt.benchmarks import collector
+from sparseopt.trainers import MaskCollector
 
 TINY = ["--shape", "tiny", "--batch", "1", "--sequence", "8", "--rounds", "2", "--device", "cpu"]
 
@@ -23,9 +24,17 @@ def test_every_arm_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for result in results:
         without, with_ = (result["step_ms"][key]["median"] for key in ("without", "with"))
         assert result["update_share"] == pytest.approx((with_ - without) / without)
-        each = sum(result["mask_step_ms"].values()) / 10
-        assert result["overhead"] == pytest.approx((with_ - without + each) / without)
+        chosen, default = result["mask_steps"]["chosen"], result["mask_steps"]["default"]
+        assert result["overhead"] == pytest.approx((with_ - without + chosen["held_up_ms"] / 10) / without)
         assert result["accumulation_bytes"] == 4 * result["parameters"]
+        assert 0.015 < chosen["active_fraction"] < 0.05
+        assert default["tolerance"] == MaskCollector(tmp_path).tolerances[0]
+        for step in (chosen, default):
+            parts = step["held_up_parts_ms"]
+            assert step["held_up_ms"] == pytest.approx(sum(part["median"] for part in parts.values()))
+            assert step["background_ms"]["p20"] <= step["background_ms"]["median"] <= step["background_ms"]["p80"]
+            assert step["file_bytes"] > 0
+        assert result["environment"].keys() >= {"device", "torch", "commit", "date"}
 
 
 def test_a_wrong_accumulation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

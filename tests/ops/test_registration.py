@@ -62,6 +62,9 @@ def samples(name: str, device: torch.device) -> list[tuple[Any, ...]]:
             return [(torch.rand(100, device=device), 1.0, scalar + 0.5, scalar, *numbers)]
         case "scatter_values_":
             return [(tensors(), torch.rand(plan.active, device=device), plan.indices, plan.chunks, plan.run)]
+        case "accumulate_squares_":
+            halves = [t.bfloat16() for t in tensors()]
+            return [(tensors(), tensors(), 0.5, None, None), (tensors(), halves, 0.5, scalar + 0.9, scalar + 0.25)]
     halves = [t.bfloat16() for t in tensors()]
     none = (*(None,) * 7, plan.run, False)
     births = torch.zeros(2, 1, device=device)
