@@ -9,8 +9,10 @@ if __name__ != "sparseopt.triton_kernels":
 from collections.abc import Callable
 from typing import Any
 
+from sparseopt.triton_kernels.cross_entropy import cross_entropy_
 from sparseopt.triton_kernels.gather import clip_coefficient_, gather_grads_
 from sparseopt.triton_kernels.masks import mask_indices, mask_overlap, pack_mask, popcount, unpack_mask
+from sparseopt.triton_kernels.project import grad_project
 from sparseopt.triton_kernels.scatter import scatter_values_
 from sparseopt.triton_kernels.sparse_adamw import sparse_adamw_
 
@@ -27,4 +29,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "clip_coefficient_": clip_coefficient_,
     "scatter_values_": scatter_values_,
     "sparse_adamw_": sparse_adamw_,
+    "grad_project": grad_project,
+    "cross_entropy_": cross_entropy_,
 }
