@@ -330,9 +330,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int = -100) ->
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise ValueError(f"logits must have a contiguous last dimension, got strides {logits.stride()}.")
     if targets.shape != logits.shape[:1] or targets.dtype != torch.int64 or targets.device != logits.device:
-        raise ValueError(
-            f"targets must be int64[{logits.shape[0]}] on {logits.device}, got {_describe(targets)}."
-        )
+        raise ValueError(f"targets must be int64[{logits.shape[0]}] on {logits.device}, got {_describe(targets)}.")
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = ((targets < 0) | (targets >= logits.shape[1])) & (targets != ignore_index)
         if wrong.any():

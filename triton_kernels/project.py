@@ -11,14 +11,20 @@ at 3 TB/s). A program is a sample, a block of tokens and a range of columns of d
 tile against the same columns of P (from L2), keeps [tokens, k_o] in registers, multiplies it at the end with its tokens'
 A, and writes a partial [k_o, k_i]; the sum of a sample's partials is a second, small launch. The product is linear in the
 columns too, so long rows (a vocabulary) are split until there are some 512 programs, whatever the number of tokens;
-the split depends on shapes alone. 64 tokens, 128 for k_o > 64: more would leave too few programs, fewer would read P more
-often than L2 can bear. k_o is padded to 16 or a power of two; past 128 it is cut in two and G read twice.
+the split depends on shapes alone. 64 tokens, 128 for k_o > 64 where shared memory holds that: more would leave too few
+programs, fewer would read P more often than L2 can bear. k_o is padded to 16 or a power of two.
 
-fp32 tiles multiply as fp32 (`ieee`, no TF32); 16-bit tiles on tensor cores with fp32 sums, and [tokens, k_o] is never
-rounded. No atomics, a fixed order of sums: deterministic.
+16-bit tiles multiply on tensor cores with fp32 sums; past k_o = 128 G is read twice. [tokens, k_o] is fp32 and its product
+with A too: `ieee` for k <= 32, whose operands fit in registers, else `bf16x6` (each factor as three bf16 terms that hold
+all its 24 bits; the terms left out are under 2^-24). fp32 tiles multiply as `ieee`, nothing less, 32 rows of P at a time:
+wider tiles spill registers; G is then read k_o / 32 times, from L2 but for the first. No atomics, a fixed order of sums:
+deterministic.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,7 +36,6 @@ from sparseopt.triton_kernels.common import INTERPRET, TL_DTYPES, widen
 __all__ = ["grad_project"]
 
 PROGRAMS = 512  # about four for each multiprocessor of an H100
-TILE = 128  # of k_o and k_i at most
 
 
 @triton.jit(do_not_specialize=["scale", "tokens", "blocks", "splits", "k_o", "k_i"])
@@ -57,6 +62,7 @@ def _project_kernel(
     COLUMNS: tl.constexpr,
     K_O: tl.constexpr,
     K_I: tl.constexpr,
+    OUTER: tl.constexpr,  # precision of the product with the inputs
 ):
     program = tl.program_id(0)
     split = program % splits
@@ -87,12 +93,42 @@ def _project_kernel(
     for start in range(0, k_i, K_I):
         i = (start + tl.arange(0, K_I))[None, :]
         a = widen(tl.load(a_rows + i, mask=is_token & (i < k_i), other=0), tl.float32)  # [TOKENS, K_I]
-        outer = tl.dot(transposed, a, input_precision="ieee")
+        outer = tl.dot(transposed, a, input_precision=OUTER)
         tl.store(out_rows + i, outer, mask=is_row & (i < k_i))
 
 
-def _padded(k: int) -> int:
-    return min(TILE, max(16, triton.next_power_of_2(k)))
+class Tiles(NamedTuple):
+    """What one program holds: tokens, columns of G and P, rows of P, columns of A; warps, and loads in flight."""
+
+    tokens: int
+    columns: int
+    k_o: int
+    k_i: int
+    outer: str
+    warps: int
+    stages: int
+
+
+def tiles_for(k_o: int, k_i: int, wide: bool, shared: int) -> Tiles:
+    """Tiles for a rank, for products in fp32 (``wide``) or 16 bits, on a device with so many bytes of shared memory."""
+    k_o, k_i = (max(16, triton.next_power_of_2(k)) for k in (k_o, k_i))
+    if wide:
+        return Tiles(64, 64 if k_o == 16 else 32, min(k_o, 32), min(k_i, 32), "ieee", 4, 3)
+    if k_o <= 32 and k_i <= 32:
+        return Tiles(64, 128, k_o, k_i, "ieee", 4, 3)
+    if k_o <= 64:
+        return Tiles(64, 64, k_o, min(k_i, 64), "bf16x6", 4, 3)
+    if shared >= 200 * 1024:
+        return Tiles(128, 64, 128, min(k_i, 64), "bf16x6", 8, 3)
+    return Tiles(64, 64, 128, min(k_i, 32), "bf16x6", 4, 2)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have; 0 where nothing is compiled."""
+    if INTERPRET or device.index is None:
+        return 0
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 def grad_project(gradients: Tensor, inputs: Tensor, matrix: Tensor, scale: float) -> Tensor:
@@ -111,17 +147,16 @@ def grad_project(gradients: Tensor, inputs: Tensor, matrix: Tensor, scale: float
         )
     if not (batch and tokens and columns and k_o and k_i):
         return gradients.new_zeros((batch, k_o, k_i), dtype=torch.float32)
-    large = _padded(k_o) > 64
-    wide = gradients.dtype == matrix.dtype == torch.float32 or gradients.dtype != matrix.dtype
-    block = 128 if large else 64
-    tiles, blocks = triton.cdiv(k_o, TILE), triton.cdiv(tokens, block)
+    wide = gradients.dtype == torch.float32 or gradients.dtype != matrix.dtype
+    chosen = tiles_for(k_o, k_i, wide, _shared_memory(gradients.device))
+    rows, blocks = triton.cdiv(k_o, chosen.k_o), triton.cdiv(tokens, chosen.tokens)
     # A partial costs k_o * k_i * 4 bytes: with large ones, longer ranges.
-    splits = max(1, min(PROGRAMS // (batch * blocks * tiles), columns // (1024 if large else 256)))
+    splits = max(1, min(PROGRAMS // (batch * blocks * rows), columns // (256 if k_o <= 32 else 1024)))
     part = triton.cdiv(triton.cdiv(columns, splits), 128) * 128
     splits = triton.cdiv(columns, part)
     partials = gradients.new_empty((batch, blocks * splits, k_o, k_i), dtype=torch.float32)
     with torch.cuda.device_of(gradients):
-        _project_kernel[(batch * blocks * splits, tiles)](
+        _project_kernel[(batch * blocks * splits, rows)](
             gradients,
             inputs,
             matrix,
@@ -140,10 +175,12 @@ def grad_project(gradients: Tensor, inputs: Tensor, matrix: Tensor, scale: float
             inputs.stride(1),
             matrix.stride(0),
             WIDEN=wide or INTERPRET,  # the interpreter has no product of bf16
-            TOKENS=block,
-            COLUMNS=(32 if large else 64) if wide else (64 if large else 128),
-            K_O=_padded(k_o),
-            K_I=_padded(k_i),
-            num_warps=8 if large else 4,
+            TOKENS=chosen.tokens,
+            COLUMNS=chosen.columns,
+            K_O=chosen.k_o,
+            K_I=chosen.k_i,
+            OUTER="ieee" if INTERPRET else chosen.outer,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
         )
     return partials.squeeze(1) if partials.shape[1] == 1 else partials.sum(1)
