@@ -20,7 +20,7 @@ LEAST = {
     "test_scatter": 280,
     "test_sparse_adamw": 530,
     "test_grad_project": 80,
-    "test_cross_entropy": 65,
+    "test_cross_entropy": 60,
     "test_registration": 20,
     "test_plan": 70,
 }
