@@ -11,8 +11,16 @@ from pathlib import Path
 from setuptools import setup
 
 SOURCES = [
-    "accumulate.cpp", "bindings.cpp", "codec.cpp", "gather.cpp", "masks.cpp", "scatter.cpp", "sparse_adamw.cpp",
-]  # fmt: skip
+    "accumulate.cpp",
+    "bindings.cpp",
+    "codec.cpp",
+    "cross_entropy.cpp",
+    "gather.cpp",
+    "masks.cpp",
+    "project.cpp",
+    "scatter.cpp",
+    "sparse_adamw.cpp",
+]
 
 
 def extension_arguments() -> dict:
@@ -35,7 +43,7 @@ def extension_arguments() -> dict:
     extension = CppExtension(
         "sparseopt._C",
         [str(Path("csrc") / name) for name in SOURCES],
-        depends=["csrc/codec.h", "csrc/common.h", "csrc/tiles.h"],
+        depends=["csrc/codec.h", "csrc/common.h", "csrc/simd.h", "csrc/tiles.h"],
         extra_compile_args={"cxx": [*flags, "-fopenmp"]},
         extra_link_args=["-fopenmp"],
     )

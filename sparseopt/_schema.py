@@ -18,6 +18,9 @@ Terms used by all ops:
 * ``values`` of ``scatter_values_`` is ``[N]`` in the parameters' dtype.
 * ``accumulate_squares_`` knows no masks: ``stored`` is T fp32 tensors, ``grads`` T gradients of their sizes (one dtype),
   ``decay`` and ``inverse`` are fp32[] on the device.
+* ``grad_project`` takes ``gradients [B, T, d_out]``, ``inputs [B, T, k_i]`` and ``matrix [k_o, d_out]``, each with a
+  contiguous last dimension, and returns ``fp32[B, k_o, k_i]``; ``cross_entropy_`` takes ``logits [N, V]`` with a
+  contiguous last dimension and ``targets int64[N]``, and returns ``fp32[N]``.
 * An empty tensor in ``params`` or ``grads`` stands for "no gradient this time": its entries and step are left alone.
 """
 
@@ -68,6 +71,8 @@ OPS = {
         "Tensor(f!)? residual, Tensor(g!)? master, Tensor? cohorts, Tensor? births, Tensor? multiplier, Tensor? skip, "
         "int run, bool follow) -> ()"
     ),
+    "grad_project": "(Tensor gradients, Tensor inputs, Tensor matrix, float scale) -> Tensor",
+    "cross_entropy_": "(Tensor(a!) logits, Tensor targets, int ignore_index) -> Tensor",
 }
 MUTABLE_OPS = tuple(name for name in OPS if name.endswith("_"))
 
@@ -157,6 +162,17 @@ def _(
     follow: bool,
 ) -> None:
     return None
+
+
+@_fake("grad_project")
+def _(gradients: Tensor, inputs: Tensor, matrix: Tensor, scale: float) -> Tensor:
+    shape = (gradients.shape[0], matrix.shape[0], inputs.shape[2])
+    return gradients.new_empty(shape, dtype=torch.float32)
+
+
+@_fake("cross_entropy_")
+def _(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=torch.float32)
 
 
 def _register_version_bumps() -> None:

@@ -17,7 +17,9 @@ __all__ = [
     "accumulate_squares_",
     "arena_positions",
     "clip_coefficient_",
+    "cross_entropy_",
     "gather_grads_",
+    "grad_project",
     "join_master",
     "mask_indices",
     "mask_overlap",
@@ -273,6 +275,29 @@ def _bias_corrections(age: Tensor, lr: float, beta1: float, beta2: float, correc
     return lr / (1 - beta1**age), (1 - beta2**age).sqrt()
 
 
+# ---- per-sample gradients --------------------------------------------------------------------------------------------
+def grad_project(gradients: Tensor, inputs: Tensor, matrix: Tensor, scale: float) -> Tensor:
+    """fp32[B, k_o, k_i] = scale * sum over tokens t of (matrix g_t) (inputs_t)^T, accumulated in fp32."""
+    projected = gradients.float() @ matrix.float().t()  # [B, T, k_o]
+    return projected.transpose(1, 2) @ inputs.float() * scale
+
+
+@torch.no_grad()
+def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """fp32[N] losses; logits become softmax - onehot. Ignored: 0 and zeros; a target outside the row: NaN and NaNs."""
+    ignored = targets == ignore_index
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    rows = torch.arange(len(targets), device=logits.device)[inside]
+    gradients = torch.softmax(logits.float(), 1)
+    losses = torch.full(targets.shape, torch.nan, device=logits.device)
+    losses[inside] = (torch.logsumexp(logits.float(), 1)[inside]) - logits[rows, targets[inside]].float()
+    gradients[rows, targets[inside]] -= 1
+    gradients[~inside] = torch.nan
+    gradients[ignored] = 0
+    logits.copy_(gradients)
+    return losses.masked_fill(ignored, 0)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "pack_mask": pack_mask,
     "unpack_mask": unpack_mask,
@@ -284,4 +309,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "scatter_values_": scatter_values_,
     "accumulate_squares_": accumulate_squares_,
     "sparse_adamw_": sparse_adamw_,
+    "grad_project": grad_project,
+    "cross_entropy_": cross_entropy_,
 }

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from sparseopt.triton_kernels.accumulate import accumulate_squares_
+from sparseopt.triton_kernels.cross_entropy import cross_entropy_
 from sparseopt.triton_kernels.gather import clip_coefficient_, gather_grads_
 from sparseopt.triton_kernels.masks import mask_indices, mask_overlap, pack_mask, popcount, unpack_mask
+from sparseopt.triton_kernels.project import grad_project
 from sparseopt.triton_kernels.scatter import scatter_values_
 from sparseopt.triton_kernels.sparse_adamw import sparse_adamw_
 
@@ -29,4 +31,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "scatter_values_": scatter_values_,
     "accumulate_squares_": accumulate_squares_,
     "sparse_adamw_": sparse_adamw_,
+    "grad_project": grad_project,
+    "cross_entropy_": cross_entropy_,
 }

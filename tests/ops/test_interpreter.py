@@ -20,6 +20,8 @@ LEAST = {
     "test_scatter": 280,
     "test_accumulate_squares": 330,
     "test_sparse_adamw": 530,
+    "test_grad_project": 80,
+    "test_cross_entropy": 60,
     "test_registration": 20,
     "test_plan": 70,
 }

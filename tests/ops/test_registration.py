@@ -65,6 +65,21 @@ def samples(name: str, device: torch.device) -> list[tuple[Any, ...]]:
         case "accumulate_squares_":
             halves = [t.bfloat16() for t in tensors()]
             return [(tensors(), tensors(), 0.5, None, None), (tensors(), halves, 0.5, scalar + 0.9, scalar + 0.25)]
+        case "grad_project":
+            given = [
+                torch.randn(2, 5, 40, device=device),
+                torch.randn(2, 5, 3, device=device),
+                torch.randn(8, 40, device=device),
+            ]
+            apart = torch.randn(5, 2, 50, device=device).transpose(0, 1)[..., :40]
+            halves16 = [t.bfloat16() for t in given]
+            return [(*given, 0.5), (apart, *given[1:], 1.0), (*halves16, 2.0), (halves16[0], *given[1:], 1.0)]
+        case "cross_entropy_":
+            targets = torch.tensor([3, -100, 0], device=device)
+            return [
+                (torch.randn(3, 70, device=device), targets, -100),
+                (torch.randn(3, 90, device=device).bfloat16()[:, 10:80], targets.clamp(min=0), 3),
+            ]
     halves = [t.bfloat16() for t in tensors()]
     none = (*(None,) * 7, plan.run, False)
     births = torch.zeros(2, 1, device=device)
