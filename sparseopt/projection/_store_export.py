@@ -20,7 +20,7 @@ from sparseopt.projection._store_files import METADATA_FILE, difference
 if TYPE_CHECKING:
     from sparseopt.projection.store import ProjectionStore
 
-__all__ = ["export", "exported", "load_tensors"]
+__all__ = ["export", "exported", "load_tensors", "save_tensors"]
 
 _FILE = re.compile(r"proj_iter_(\d{6,})\.pt")
 
@@ -49,8 +49,7 @@ def export(store: ProjectionStore, folder: Path, batch_size: int, incomplete: st
     for batch in track(whole.tolist(), "export", unit="file"):
         samples = range(batch * batch_size, min((batch + 1) * batch_size, int(ids[-1]) + 1))
         contents = {"proj": store.rows(samples), "iter": batch + 1, "batch_size": len(samples), "batch_idx": [*samples]}
-        with atomic_path(folder / f"proj_iter_{batch + 1:06d}.pt") as temporary:
-            torch.save(contents, temporary)
+        save_tensors(contents, folder / f"proj_iter_{batch + 1:06d}.pt")
     return len(whole)
 
 
@@ -99,6 +98,13 @@ def exported(folder: Path, columns: int) -> Iterator[tuple[int, list[int], Tenso
             raise FormatError(f"'{path}' is damaged: batch_idx must list the {len(rows)} sample ids of its rows.")
         start += len(rows)
         yield int(contents.get("iter", 0)), ids, rows
+
+
+def save_tensors(contents: dict[str, Any], path: Path) -> None:
+    """``torch.save``, whole or not at all; equal contents are equal bytes."""
+    # Given a name, torch would write the temporary one into the file.
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save(contents, file)
 
 
 def load_tensors(path: Path, *, mmap: bool = False) -> dict[str, Any]:

@@ -122,7 +122,9 @@ def test_export_again_after_more_rows(store: ProjectionStore, tmp_path: Path) ->
     store.export_pt(out, 10)
     with ProjectionStore(store.path, METADATA) as more:
         more.write(range(45, 52), ROWS[45:52])
+    whole = (out / "proj_iter_000003.pt").read_bytes()
     assert more.export_pt(out, 10) == 6
+    assert (out / "proj_iter_000003.pt").read_bytes() == whole
     assert torch.cat([rows for _, _, rows in exported(out, 10)]).equal(ROWS[:52])
     with pytest.raises(ValueError, match=r"proj_iter_000004\.pt' belongs to another export"):
         more.export_pt(out, 20)
