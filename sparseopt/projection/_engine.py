@@ -44,7 +44,7 @@ class _Dense(torch.autograd.Function):
     """y = x W^T + b for nn.Linear and Conv1D; the leaves get the projections as gradients."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,  # [B, ..., d_in]
         weight: Tensor,
@@ -67,7 +67,7 @@ class _Dense(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, projected, outer, bias_outer = ctx.saved_tensors
         # Under autocast the gradient comes in its dtype while weights are held in theirs; otherwise these are no-ops.
         dtype = grad.dtype
@@ -88,7 +88,7 @@ class _Lookup(torch.autograd.Function):
     """nn.Embedding: dW sums g_t into row ids_t, so the slice is the transpose of sum_t (P_i g_t) outer P_o[:, ids_t]."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         ids: Tensor,  # [B, ...]
         weight: Tensor,  # [V, d]
@@ -102,7 +102,7 @@ class _Lookup(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids, table, inner = ctx.saved_tensors
         gradients = grad.reshape(grad.shape[0], -1, grad.shape[-1])
         rows = F.embedding(ids.reshape(gradients.shape[0], -1), table).to(grad.dtype)
@@ -151,7 +151,7 @@ class _Use:
         module, entry, bias = self.module, self.entry, self.bias
         if not torch.is_grad_enabled():  # evaluation, and the first pass of reentrant checkpointing
             return type(module).forward(module, x)
-        x, leaf = self._samples(x, 2)
+        x, leaf = self._samples(x)
         return _Dense.apply(
             x,
             module.weight,
@@ -169,15 +169,15 @@ class _Use:
     def lookup(self, input: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return type(self.module).forward(self.module, input)
-        ids, leaf = self._samples(input, 2)
+        ids, leaf = self._samples(input)
         return _Lookup.apply(ids, self.module.weight, self.table, leaf, self.entry.inner, self.entry.scale)
 
-    def _samples(self, x: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
+    def _samples(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input with one row per sample, and the leaf."""
-        if x.dim() < dimensions:
+        if x.dim() < 2:  # one dimension could be the samples or the tokens
             raise ValueError(
-                f"Layer {self.name!r} got an input of shape {tuple(x.shape)}: expected the sample as first dimension, "
-                f"and at least {dimensions} dimensions."
+                f"Layer {self.name!r} got an input of shape {tuple(x.shape)}: expected at least two "
+                "dimensions, the sample first."
             )
         leaf = self.entry.leaf
         if leaf is None:
@@ -201,6 +201,7 @@ class Engine:
         self.entries = {layer.name: Entry(layer) for layer in layers}
         self.uses: list[_Use] = []
         self.batch: int | None = None
+        self._replaced: list[Tensor] = []  # leaves of forwards with another batch size since the last collect()
         self._last: tuple[str, weakref.ref[Tensor], int, Tensor] | None = None
         self._placed: dict[str, tuple[torch.device, torch.dtype]] = {}
         modules = {module_name(name): module for name, module in model.named_modules()}
@@ -239,8 +240,8 @@ class Engine:
                 entry.leaf = None
             if use.kind == "Embedding" and (not hasattr(use, "table") or (use.table.device, use.table.dtype) != where):
                 use.table = use.entry.outer.t().contiguous()
-                if use.module.padding_idx is not None:  # that row of an embedding never gets a gradient
-                    use.table[use.module.padding_idx] = 0
+                if isinstance(padding := use.module.padding_idx, int):  # that row of an embedding never gets a gradient
+                    use.table[padding] = 0
 
     def _inner(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
         d_in = layer.shape[1]
@@ -260,6 +261,10 @@ class Engine:
         self._last = key, weakref.ref(x), x._version, projected
         return projected
 
+    def entry_of(self, module: nn.Module | None) -> Entry | None:
+        """The entry of the module's weight, for those who compute with the weight and not through the module."""
+        return next((use.entry for use in self.uses if use.module is module), None)
+
     # -- leaves --
     def start(self, batch: int, entry: Entry | None = None) -> Tensor:
         """Makes the leaves for ``batch`` samples, unless they are there; returns that of ``entry``.
@@ -275,6 +280,7 @@ class Engine:
                 "The projections of the last batch were not collected: call collect() after each backward."
             )
         if self.batch != batch or any(e.leaf is None for e in entries):
+            self._replaced += [e.leaf for e in entries if e.leaf is not None]
             for e in entries:
                 shape = (batch, e.layer.k_o, e.layer.k_i)
                 e.leaf = torch.zeros(shape, dtype=torch.float32, device=e.outer.device, requires_grad=True)
@@ -284,16 +290,22 @@ class Engine:
         return leaf
 
     def take(self) -> dict[str, Tensor | None]:
-        """The gradients of the leaves, [batch, k_o, k_i] each, which are reset."""
-        taken = {}
-        for name, entry in self.entries.items():
-            taken[name] = None if entry.leaf is None else entry.leaf.grad
+        """The gradients of the leaves, [batch, k_o, k_i] each, which are reset.
+
+        Raises:
+            ValueError: the backward went through forwards with different batch sizes.
+        """
+        mixed = any(leaf.grad is not None for leaf in self._replaced)
+        taken = {name: None if e.leaf is None else e.leaf.grad for name, e in self.entries.items()}
         self.reset()
+        if mixed:
+            raise ValueError("One backward went through batches of different sizes: call collect() after each batch.")
         return taken
 
     def reset(self) -> None:
         """Forgets what was not collected."""
         self._last = None
+        self._replaced.clear()
         for entry in self.entries.values():
             if entry.leaf is not None:
                 entry.leaf.grad = None
@@ -329,7 +341,12 @@ class Engine:
                 for module in self.model.modules():
                     if isinstance(module, nn.Embedding):
                         stack.callback(module.register_forward_hook(_require_grad).remove)
-            yield lambda: [handle.remove() for handle in handles] and None
+
+            def forget() -> None:
+                for handle in handles:
+                    handle.remove()
+
+            yield forget
 
     def _watch(self, module: nn.Module) -> Any:
         """Makes the leaves before each forward of ``module``. Never traced: leaves of autograd cannot be made in a graph."""

@@ -41,11 +41,11 @@ def module_name(name: str) -> str:
 
 
 def module_kind(module: nn.Module) -> str | None:
-    """ "Linear", "Conv1D" or "Embedding"; None for others and for subclasses with a forward of their own."""
+    """Which of "Linear", "Conv1D", "Embedding" it is; None for others and for subclasses with a forward of their own."""
     for base in type(module).__mro__:
         conv1d = base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils"
         if base in (nn.Linear, nn.Embedding) or conv1d:
-            return base.__name__ if type(module).forward is base.forward else None
+            return base.__name__ if type(module).forward is vars(base).get("forward") else None
     return None
 
 

@@ -213,11 +213,11 @@ class SketchPlan(NamedTuple):
     """A count sketch as a gather, so that sums have a fixed order on every device (an ``index_add`` has none on GPUs).
 
     Attributes:
-        index: int64 [buckets, m], the values of each bucket; n where a bucket has fewer than m.
+        members: int64 [buckets, m], the values of each bucket; n where a bucket has fewer than m.
         signs: fp32 [n].
     """
 
-    index: Tensor
+    members: Tensor
     signs: Tensor
 
 
@@ -235,4 +235,4 @@ def sketch_plan(bucket: Tensor, signs: Tensor, buckets: int) -> SketchPlan:
 def fold(values: Tensor, plan: SketchPlan) -> Tensor:
     """[..., n] -> fp32 [..., buckets]: the signed sum of each bucket's values."""
     signed = torch.nn.functional.pad(values.to(torch.float32) * plan.signs, (0, 1))
-    return signed[..., plan.index].sum(-1)
+    return signed[..., plan.members].sum(-1)

@@ -222,7 +222,12 @@ class GradientProjector:
         if self._stack is None:
             raise ValueError("losses() works inside `with projector:` only.")
         self._engine.start(input_ids.shape[0])
-        return per_sample_losses(self._outermost, input_ids, attention_mask, labels, reduction)
+        # A projected head gets its slice from the chunks of logits: its module is not called.
+        find_head = getattr(self._model, "get_output_embeddings", None)
+        head = self._engine.entry_of(find_head()) if callable(find_head) else None
+        if head is None:
+            return per_sample_losses(self._outermost, input_ids, attention_mask, labels, reduction)
+        return per_sample_losses(self._outermost, input_ids, attention_mask, labels, reduction, projection=head)
 
     def collect(self) -> Tensor:
         """The projections of the last backward, which are handed over: the next batch may follow.

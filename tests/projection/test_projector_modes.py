@@ -299,6 +299,19 @@ def test_every_batch_must_be_collected(tools: Any) -> None:
             p.collect()
 
 
+def test_batches_of_two_sizes_in_one_backward_are_refused(tools: Any) -> None:
+    model, batch = tools.tiny_gpt2(), tools.padded_batch()
+    p = so.GradientProjector(model)
+    with p:
+        tools.sample_losses(model, {k: v[:2] for k, v in batch.items()})  # a forward alone does no harm
+        tools.sample_losses(model, batch).sum().backward()
+        assert p.collect().shape == (3, p.total_dim)
+        first = tools.sample_losses(model, {k: v[:2] for k, v in batch.items()})
+        (first.sum() + tools.sample_losses(model, batch).sum()).backward()
+        with pytest.raises(ValueError, match="batches of different sizes"):
+            p.collect()
+
+
 def test_an_unused_layer_is_named() -> None:
     model = nn.ModuleDict({"used": nn.Linear(3, 3), "idle": nn.Linear(3, 3)})
     p = so.GradientProjector(model, "used,idle", rank_total=4, rank_min=2)
@@ -325,7 +338,10 @@ def test_inputs_without_the_sample_first_are_refused() -> None:
     ):
         model(torch.randn(2, 5, 3))
     plain = nn.Sequential(nn.Linear(3, 3))
-    with so.GradientProjector(plain, "0"), pytest.raises(ValueError, match=r"'0' got an input of shape \(3,\)"):
+    with (
+        so.GradientProjector(plain, "0"),
+        pytest.raises(ValueError, match=r"'0' got an input of shape \(3,\): expected at least two"),
+    ):
         plain(torch.randn(3))
 
 
