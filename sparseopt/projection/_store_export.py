@@ -82,13 +82,13 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def exported(folder: Path, columns: int) -> Iterator[tuple[int, list[int], Tensor]]:
-    """Yields (iteration, sample ids, rows [n, columns]) of each exported file, in order.
+def exported(folder: Path, columns: int, limit: int | None = None) -> Iterator[tuple[int, list[int], Tensor]]:
+    """Yields (iteration, sample ids, rows [n, columns]) of each exported file (of the first ``limit``), in order.
 
     Files without ``batch_idx`` hold consecutive samples, from 0 on.
     """
     start = 0
-    for _, path in _files(folder):
+    for _, path in _files(folder)[:limit]:
         contents = load_tensors(path)
         rows, ids = contents.get("proj"), contents.get("batch_idx")
         if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.shape[1] != columns or not rows.is_floating_point():
