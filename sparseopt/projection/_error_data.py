@@ -18,7 +18,7 @@ from torch import Tensor
 from sparseopt._files import FormatError
 from sparseopt.progress import track
 from sparseopt.projection._store_export import exported
-from sparseopt.projection._store_files import METADATA_FILE, difference, is_store
+from sparseopt.projection._store_files import METADATA_FILE, difference, is_store, layers_problem
 from sparseopt.projection.full_gradients import FullGradients
 from sparseopt.projection.layers import _ranks, matrices_of, project_gradient
 from sparseopt.projection.store import ProjectionStore
@@ -146,9 +146,14 @@ def open_folder(path: Path) -> Folder:
             raise FormatError(f"'{path}' holds no projections: it has no {METADATA_FILE}.") from None
         except ValueError as error:
             raise FormatError(f"'{place}' is damaged: {error}.") from error
-    layers = metadata.get("layers") if isinstance(metadata, dict) else None
-    if not isinstance(layers, list) or not layers or not isinstance(metadata.get("total_proj_dim"), int):
+    layers, columns = (
+        metadata.get(key) if isinstance(metadata, dict) else None for key in ("layers", "total_proj_dim")
+    )
+    if not layers or not isinstance(columns, int):
         raise FormatError(f"'{place}' is not the metadata of projections: expected layers and total_proj_dim.")
+    problem = layers_problem(layers, columns)
+    if problem:
+        raise FormatError(f"'{place}' is damaged: it {problem}.")
     rank = int(token[1])
     if metadata.get("proj_rank_total", rank) != rank:
         raise ValueError(f"'{path.name}' has rank {metadata['proj_rank_total']} in its metadata.")

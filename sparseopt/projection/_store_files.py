@@ -22,7 +22,8 @@ from torch import Tensor
 
 from sparseopt._files import FormatError, atomic_write
 
-__all__ = ["DTYPES", "METADATA_FILE", "Layout", "as_ids", "as_json", "create", "difference", "is_store", "open_layout"]
+__all__ = ["DTYPES", "METADATA_FILE", "Layout", "as_ids", "as_json", "create", "difference", "is_store", "layers_problem",
+           "open_layout"]  # fmt: skip
 
 FORMAT = "sparseopt.projections"
 VERSION = 1
@@ -175,6 +176,21 @@ def _problem(metadata: Mapping[str, Any]) -> str | None:
         return f"needs total_proj_dim, a positive integer, got {columns!r}"
     if metadata.get("proj_dtype") not in DTYPES:
         return f"needs proj_dtype, one of {', '.join(DTYPES)}, got {metadata.get('proj_dtype')!r}"
+    return layers_problem(metadata.get("layers", []), columns)
+
+
+def layers_problem(layers: Any, columns: int) -> str | None:
+    """What is wrong with the ``layers`` of metadata, as the end of a sentence; None where nothing is."""
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+        return "needs layers, a list of objects"
+    for number, layer in enumerate(layers):
+        name, start, end, shape = (layer.get(key) for key in ("name", "slice_start", "slice_end", "original_shape"))
+        if not isinstance(name, str):
+            return f"needs a name in layers[{number}], got {name!r}"
+        if not isinstance(start, int) or not isinstance(end, int) or not 0 <= start <= end <= columns:
+            return f"has the slice {start!r} to {end!r} for {name!r}, of {columns} columns"
+        if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
+            return f"needs original_shape, a list of sizes, for {name!r}, got {shape!r}"
     return None
 
 

@@ -173,7 +173,7 @@ def _store_shard(layout: Layout, shard: int, parts: list[tuple[np.ndarray, np.nd
             os.fsync(done_file)
         for numbers, bits in parts:
             for start, end in runs(numbers):
-                _write(data_file, memoryview(np.ascontiguousarray(bits[start:end])).cast("B"),
+                _write(data_file, np.ascontiguousarray(bits[start:end]).data.cast("B"),
                        int(numbers[start]) * layout.row_bytes)  # fmt: skip
         os.fsync(data_file)
         _mark(done_file, rows, b"\1")

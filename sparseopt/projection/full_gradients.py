@@ -142,9 +142,9 @@ def _gradient(
     vector: Tensor,
 ) -> float:
     """Fills ``vector``; returns the loss."""
-    for key, value in sample.items():
-        if isinstance(value, Tensor) and (value.dim() == 0 or value.shape[0] != 1):
-            raise ValueError(f"exact gradients need batches of 1: {key!r} of sample {number} is {list(value.shape)}.")
+    for key, tensor in sample.items():
+        if isinstance(tensor, Tensor) and (tensor.dim() == 0 or tensor.shape[0] != 1):
+            raise ValueError(f"exact gradients need batches of 1: {key!r} of sample {number} is {list(tensor.shape)}.")
     with torch.enable_grad():
         loss = loss_fn(model, sample)
         if loss.numel() != 1:
