@@ -18,12 +18,21 @@ from torch import Tensor
 from sparseopt._files import FormatError
 from sparseopt.progress import track
 from sparseopt.projection._store_export import exported
-from sparseopt.projection._store_files import METADATA_FILE, difference, is_store, layers_problem
+from sparseopt.projection._store_files import METADATA_FILE, difference, is_store, layers_problem, without
 from sparseopt.projection.full_gradients import FullGradients
 from sparseopt.projection.layers import _ranks, matrices_of, project_gradient
 from sparseopt.projection.store import ProjectionStore
 
-__all__ = ["Folder", "at_rank", "find_folders", "find_full_gradients", "layer_slices", "naive_rows", "products"]
+__all__ = [
+    "Folder",
+    "at_rank",
+    "check_same_samples",
+    "find_folders",
+    "find_full_gradients",
+    "layer_slices",
+    "naive_rows",
+    "products",
+]
 
 RANK = re.compile(r"rank_total_(\d+)")
 COLUMNS = 1 << 16  # entries of every sample's gradient in memory at a time
@@ -32,8 +41,8 @@ ROWS = 1024  # projections in memory at a time
 # What a rank changes.
 _OF_RANK = ("proj_rank_total", "total_proj_dim", "layers", "coverage")
 _OF_RANK_IN_LAYERS = ("k_i", "k_o", "slice_start", "slice_end", "input_key")
-# What must agree besides, where both folders say it.
-_OF_RUN = ("architecture", "model", "dataset", "seed", "block_size", "model_dtype", "train_dtype")
+# What of a run must agree besides, where both say it: the model, and which sample an id is.
+_OF_RUN = ("architecture", "model", "model_dtype", "data", "dataset", "seed", "block_size")
 
 
 @dataclass(frozen=True)
@@ -168,9 +177,7 @@ def check_alike(one: Folder, other: Folder) -> None:
         )
     found = difference(_without_rank(one.metadata), _without_rank(other.metadata))
     if not found:
-        runs = _run_config(one.path), _run_config(other.path)
-        shared = [key for key in _OF_RUN if key in runs[0] and key in runs[1]]
-        found = difference({key: runs[0][key] for key in shared}, {key: runs[1][key] for key in shared})
+        found = _run_difference(_run_config(one.path), _run_config(other.path), _OF_RUN)
     if found:
         raise ValueError(
             f"'{one.path.name}' (there) and '{other.path.name}' (here) differ in more than rank_total: {found}."
@@ -181,6 +188,26 @@ def _without_rank(metadata: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in metadata.items() if key not in _OF_RANK}
     layers = [{key: x[key] for key in x if key not in _OF_RANK_IN_LAYERS} for x in metadata["layers"]]
     return {**own, "layers": layers}
+
+
+def _run_difference(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    shared = [key for key in keys if key in one and key in other]
+    # How many samples were wanted is no difference: they are the first ones of one order.
+    return difference(*(without({key: run[key] for key in shared}, "max_samples") for run in (one, other)))
+
+
+def check_same_samples(folder: Folder, gradients: FullGradients) -> None:
+    """Raises a ValueError where the runs say that the samples of the projections and of the exact gradients differ.
+
+    The models are not compared: theirs may differ in the dtype.
+    """
+    found = _run_difference(
+        _run_config(folder.path), gradients.metadata, ("architecture", "data", "seed", "block_size")
+    )
+    if found:
+        raise ValueError(
+            f"'{folder.path.name}' (there) and '{gradients.folder.name}' (here) are of other samples: {found}."
+        )
 
 
 def _run_config(path: Path) -> dict[str, Any]:

@@ -22,8 +22,19 @@ from torch import Tensor
 
 from sparseopt._files import FormatError, atomic_write
 
-__all__ = ["DTYPES", "METADATA_FILE", "Layout", "as_ids", "as_json", "create", "difference", "is_store", "layers_problem",
-           "open_layout"]  # fmt: skip
+__all__ = [
+    "DTYPES",
+    "METADATA_FILE",
+    "Layout",
+    "as_ids",
+    "as_json",
+    "create",
+    "difference",
+    "is_store",
+    "layers_problem",
+    "open_layout",
+    "without",
+]
 
 FORMAT = "sparseopt.projections"
 VERSION = 1
@@ -212,6 +223,13 @@ def difference(stored: Any, given: Any, name: str = "") -> str | None:
                 return found
         return f"{name} has {len(stored)} entries there and {len(given)} here" if len(stored) != len(given) else None
     return None if stored == given else f"{name} is {stored!r} there and {given!r} here"
+
+
+def without(value: Any, key: str) -> Any:
+    """A JSON value less one key of its objects, at any depth."""
+    if isinstance(value, Mapping):
+        return {name: without(inner, key) for name, inner in value.items() if name != key}
+    return [without(inner, key) for inner in value] if isinstance(value, list) else value
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------

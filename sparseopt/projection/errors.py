@@ -133,6 +133,8 @@ class _Reference:
             ranks = ", ".join(map(str, folders))
             raise ValueError(f"there are no projections of the reference rank {rank}; the ranks are {ranks}.")
         self._gradients = None if mode == "rank" else data.find_full_gradients(base)
+        if self._gradients is not None:
+            data.check_same_samples(self._first, self._gradients)
         self._metadata = self._first.metadata
         if mode == "naive_proj_layers" and rank is not None:
             self._metadata = self._folder.metadata if self._folder else data.at_rank(self._first, rank)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparseopt._files import FormatError, atomic_write
 from sparseopt.progress import Progress
 from sparseopt.projection._store_export import load_tensors, save_tensors
-from sparseopt.projection._store_files import Ids, as_ids, difference
+from sparseopt.projection._store_files import Ids, as_ids, difference, without
 
 __all__ = ["FullGradients", "folder_name", "write_full_gradients"]
 
@@ -113,7 +113,9 @@ def _describe(parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
 
 def _check_folder(folder: Path, described: Mapping[str, Any]) -> None:
     if (folder / METADATA_FILE).exists():
-        found = difference(_read_metadata(folder), json.loads(json.dumps(described, allow_nan=False)))
+        given = json.loads(json.dumps(described, allow_nan=False))
+        # How many samples are wanted may grow from run to run.
+        found = difference(without(_read_metadata(folder), "max_samples"), without(given, "max_samples"))
         if found:
             raise ValueError(f"'{folder}' holds gradients of something else (there; here: this model): {found}.")
     elif folder.is_dir() and any(_FILE.fullmatch(path.name) for path in folder.iterdir()):

@@ -22,6 +22,8 @@ __all__ = ["influence", "nearest"]
 
 Metric = Literal["dot", "cosine"]
 
+BLOCK = 1 << 24  # entries of a block
+
 # What decides about the matrices. Positions of slices may differ (another choice of layers), and so may the dtype.
 _OF_MATRICES = ("proj_seed", "proj_method", "proj_row_orthonormal", "sketch")
 _OF_LAYERS = ("name", "type", "original_shape", "d_in", "d_out", "k_i", "k_o", "input_key", "output_key")
@@ -34,7 +36,7 @@ def nearest(
     metric: Metric = "dot",
     *,
     device: str | torch.device = "cpu",
-    block: int = 4096,
+    block: int | None = None,
     layers: str | Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` samples of ``base`` with the highest score for each sample of ``query``.
@@ -45,7 +47,7 @@ def nearest(
         k: how many; where ``base`` has fewer samples, that many.
         metric: ``dot``, or ``cosine`` (0 where a row is zero).
         device: of the products.
-        block: rows of each store in memory at a time.
+        block: rows of each store in memory at a time; default: 16 Mi entries (128 MiB in float64), 64 rows at least.
         layers: only the slices of these layers: names or patterns as the projector takes them, comma-separated or several.
 
     Returns:
@@ -60,7 +62,7 @@ def nearest(
     reader = _Pair(query, base, metric, torch.device(device), block, layers)
     k = min(k, len(reader.base_ids))
     all_ids, all_scores = [], []
-    with reader.progress("nearest", -(-len(reader.query_ids) // block) * len(reader.base_ids)) as progress:
+    with reader.progress("nearest", -(-len(reader.query_ids) // reader.block) * len(reader.base_ids)) as progress:
         for _, wanted in reader.query_blocks():
             ids = torch.empty(len(wanted), 0, dtype=torch.int64, device=wanted.device)
             scores = torch.empty(len(wanted), 0, device=wanted.device)
@@ -84,7 +86,7 @@ def influence(
     metric: Metric = "dot",
     *,
     device: str | torch.device = "cpu",
-    block: int = 4096,
+    block: int | None = None,
     layers: str | Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mean score of each sample of ``base`` with all samples of ``query``.
@@ -151,14 +153,14 @@ class _Pair:
         base: ProjectionStore,
         metric: str,
         device: torch.device,
-        block: int,
+        block: int | None,
         layers: str | Sequence[str] | None,
     ) -> None:
         if metric not in ("dot", "cosine"):
             raise ValueError(f"metric must be 'dot' or 'cosine', got {metric!r}.")
-        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
             raise ValueError(f"block must be a positive integer, got {block!r}.")
-        self.device, self.metric, self.block = device, metric, block
+        self.device, self.metric = device, metric
         self.query, self.base = query, base
         chosen = {store: _slices(store, layers) for store in (query, base)}
         found = difference(_matrices(query, chosen[query]), _matrices(base, chosen[base]))
@@ -169,6 +171,7 @@ class _Pair:
             )
         self._spans = {store: [(x["slice_start"], x["slice_end"]) for x in chosen[store]] for store in chosen}
         self.columns = sum(end - start for start, end in self._spans[base])
+        self.block = block if block is not None else max(BLOCK // self.columns, 64)
         self.query_ids, self.base_ids = query.completed, base.completed
         if not len(self.base_ids):
             raise ValueError(f"'{base.path}' holds no finished row: there is nothing to search.")
@@ -186,7 +189,7 @@ class _Pair:
         size = min(self.block, len(self.base_ids))
         for ids in self.base_ids.split(size):
             rows = self._read(self.base, ids)
-            yield ids, torch.nn.functional.pad(rows, (0, 0, 0, size - len(ids)))
+            yield ids, torch.nn.functional.pad(rows, (0, 0, 0, size - len(ids))) if len(ids) < size else rows
 
     def _read(self, store: ProjectionStore, ids: Tensor) -> Tensor:
         rows = store.rows(ids)

@@ -264,6 +264,26 @@ def test_folders_that_differ_in_more(results: Path) -> None:
         analyse(results, GLOB, pattern_type="glob", reference="rank=64")
 
 
+def test_runs_on_other_samples(results: Path) -> None:
+    runs = [{"data": {"path": "a.txt", "seed": 1, "max_samples": i}, "model": {"name": "m"}} for i in range(3)]
+    for path, run in zip(sorted(results.glob("proj_layers*")), runs, strict=True):
+        (path / "run_config.json").write_text(json.dumps(run))
+    (full,) = results.glob("fullgrads*")
+    whole = json.loads((full / "fullgrad_meta.json").read_text())
+    for seed in (1, 2):
+        about = {"data": {"path": "a.txt", "seed": seed, "max_samples": 12}, "model": {"name": "m", "dtype": "float32"}}
+        (full / "fullgrad_meta.json").write_text(json.dumps({**whole, **about}))
+        if seed == 1:
+            analyse(results, GLOB, pattern_type="glob", reference="full")
+            continue
+        with pytest.raises(ValueError, match=r"are of other samples: data\.seed is 1 there and 2 here"):
+            analyse(results, GLOB, pattern_type="glob", reference="full")
+    run = {**runs[0], "model": {"name": "other"}}
+    (next(results.glob("*_256_*")) / "run_config.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=r"model\.name is 'm' there and 'other' here"):
+        analyse(results, GLOB, pattern_type="glob", reference="rank=16")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

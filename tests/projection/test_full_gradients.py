@@ -109,6 +109,11 @@ def test_resume_computes_only_what_is_missing(tmp_path: Path) -> None:
     assert write_full_gradients(model, samples(6), tmp_path / "a", ids=range(6), loss_fn=counts) == 4
     assert calls == [1, 3, 4, 5]
     assert write_full_gradients(model, samples(6), tmp_path / "b", ids=range(6), loss_fn=loss_fn) == 6
+    # Going on with more samples is no other run.
+    for most in (1, 2):
+        about = {"data": {"seed": 1, "max_samples": most}}
+        write_full_gradients(model, samples(most), tmp_path / "c", ids=range(most), loss_fn=loss_fn, metadata=about)
+    assert FullGradients(tmp_path / "c").ids == [0, 1]
     for path in (tmp_path / "b").iterdir():
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
 
