@@ -130,6 +130,14 @@ def test_row_orthonormal(rows: int, columns: int) -> None:
     torch.testing.assert_close(m @ m.T, torch.eye(rows).double() * columns / rows, rtol=0, atol=1e-5 * columns / rows)
 
 
+def test_row_orthonormal_has_the_gaussian_rows_signs() -> None:
+    """Whatever signs a LAPACK chooses: R = Q^T G^T is upper triangular with a positive diagonal."""
+    gaussian = unscaled_matrix("gaussian", 6, 50, 1, "layer", "o")[0]
+    r = unscaled_matrix("row_orthonormal", 6, 50, 1, "layer", "o")[0] @ gaussian.T
+    assert r.tril(-1).abs().max() < 1e-5
+    assert (r.diagonal() > 1).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_expected_gram_is_the_identity(kind: str) -> None:
     """Mean of P^T P over 400 keys; entries of one have a standard deviation of at most sqrt(2/rows) = 0.71."""
