@@ -46,6 +46,14 @@ def test_equals_exact_gradients(name: str, options: dict[str, Any], tools: Any) 
     tools.assert_same(rows, tools.exact_rows(model, metadata, batch), metadata, FP32)
 
 
+def test_equals_exact_gradients_of_a_part_of_a_group(tools: Any) -> None:
+    """k_proj without q_proj, whose name its P_i is made from all the same."""
+    model, batch = tools.tiny_llama(), tools.padded_batch()
+    rows, metadata = project(model, tools, batch, layers="k_proj,up_proj")
+    assert metadata["layers"][0]["input_key"] == "model.layers.0.self_attn.q_proj"
+    tools.assert_same(rows, tools.exact_rows(model, metadata, batch), metadata, FP32)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_equals_torch_func(name: str, tools: Any) -> None:
     """Independently of this package's own reference: vmap(grad) and einsum."""
