@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sparseopt.masks.operations import compare as compare
     from sparseopt.masks.operations import merge as merge
     from sparseopt.optim.sparse_adamw import SparseAdamW as SparseAdamW
+    from sparseopt.projection.projector import GradientProjector as GradientProjector
+    from sparseopt.projection.store import ProjectionStore as ProjectionStore
     from sparseopt.trainers.attachment import attach as attach
 
 # public name -> module that defines it
@@ -33,7 +35,9 @@ _PUBLIC = {
     "Delta": "sparseopt.deltas.delta",
     "DeltaLog": "sparseopt.deltas.log",
     "GradientEMA": "sparseopt.masks.collect",
+    "GradientProjector": "sparseopt.projection.projector",
     "MaskSet": "sparseopt.masks.maskset",
+    "ProjectionStore": "sparseopt.projection.store",
     "SparseAdamW": "sparseopt.optim.sparse_adamw",
     "attach": "sparseopt.trainers.attachment",
     "compare": "sparseopt.masks.operations",

@@ -63,6 +63,8 @@ SHAPES: dict[str, Shape] = {
     "llama-3.1-8b": Shape("llama", 4096, 32, 32, 8, 128, 14336, 128256, False, 500_000.0, 131_072),
     "qwen2.5-0.5b": Shape("qwen2", 896, 24, 14, 2, 64, 4864, 151936, True, 1_000_000.0, 32_768, 1e-6),
     "gpt2": Shape("gpt2", 768, 12, 12, 12, 64, 3072, 50257, True, None, 1024),
+    "gpt2-medium": Shape("gpt2", 1024, 24, 16, 16, 64, 4096, 50257, True, None, 1024),
+    "gpt2-large": Shape("gpt2", 1280, 36, 20, 20, 64, 5120, 50257, True, None, 1024),
     # Not a published model: small enough for tests.
     "tiny": Shape("llama", 64, 2, 4, 2, 16, 128, 256, True, 10_000.0, 512),
 }
