@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparseopt import functional
 from sparseopt.projection._weights import module_kind, module_name
 from sparseopt.projection.layers import Layer
 from sparseopt.projection.matrices import unscaled_matrix
@@ -35,8 +36,17 @@ __all__ = ["Engine", "Entry"]
 
 def _project(gradients: Tensor, inputs: Tensor, matrix: Tensor, scale: float) -> Tensor:
     """[B, T, d], [B, T, k_i], [k_o, d] -> fp32 [B, k_o, k_i] = scale * sum_t (matrix g_t) outer (inputs_t)."""
-    small = F.linear(gradients, matrix).to(torch.float32)
-    return (small.transpose(1, 2) @ inputs.to(torch.float32)) * scale
+    if gradients.dtype == torch.float64:  # which the op does not take
+        small = F.linear(gradients, matrix).to(torch.float32)
+        return (small.transpose(1, 2) @ inputs.to(torch.float32)) * scale
+    limit = functional.PROJECTION_RANK
+    if max(matrix.shape[0], inputs.shape[2]) <= limit:
+        return functional.grad_project(gradients, inputs, matrix, scale)
+    rows = [
+        torch.cat([functional.grad_project(gradients, part, piece, scale) for part in inputs.split(limit, 2)], 2)
+        for piece in matrix.split(limit)
+    ]
+    return torch.cat(rows, 1)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -261,9 +271,10 @@ class Engine:
         self._last = key, weakref.ref(x), x._version, projected
         return projected
 
-    def entry_of(self, module: nn.Module | None) -> Entry | None:
-        """The entry of the module's weight, for those who compute with the weight and not through the module."""
-        return next((use.entry for use in self.uses if use.module is module), None)
+    def entries_of(self, module: nn.Module | None) -> list[Entry]:
+        """The entries of the module's weight and bias, for those who compute with them and not through the module."""
+        found = [(use.entry, use.bias) for use in self.uses if use.module is module]
+        return [entry for pair in found for entry in pair if entry is not None]
 
     # -- leaves --
     def start(self, batch: int, entry: Entry | None = None) -> Tensor:

@@ -217,17 +217,19 @@ class GradientProjector:
         Raises:
             ValueError: outside ``with``, or a model without a known base and head.
         """
-        from sparseopt.projection.losses import per_sample_losses
+        from sparseopt.projection.losses import HeadSlice, per_sample_losses
 
         if self._stack is None:
             raise ValueError("losses() works inside `with projector:` only.")
         self._engine.start(input_ids.shape[0])
         # A projected head gets its slice from the chunks of logits: its module is not called.
         find_head = getattr(self._model, "get_output_embeddings", None)
-        head = self._engine.entry_of(find_head()) if callable(find_head) else None
-        if head is None:
-            return per_sample_losses(self._outermost, input_ids, attention_mask, labels, reduction)
-        return per_sample_losses(self._outermost, input_ids, attention_mask, labels, reduction, projection=head)
+        head = []
+        for entry in self._engine.entries_of(find_head() if callable(find_head) else None):
+            assert entry.leaf is not None
+            inner = None if entry.layer.type == "bias" else entry.inner
+            head.append(HeadSlice(entry.leaf, entry.outer, inner, entry.scale))
+        return per_sample_losses(self._outermost, input_ids, attention_mask, labels, reduction, project=head)
 
     def collect(self) -> Tensor:
         """The projections of the last backward, which are handed over: the next batch may follow.

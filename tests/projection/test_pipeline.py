@@ -187,7 +187,9 @@ def test_error_analysis_of_two_ranks_finds_the_exact_gradients(source: str, tmp_
     assert full.execute()["written"] == 0, "they are there"
     for reference in ("full_layers", "rank=256", "naive_proj_layers=256"):
         result = analyse(results, r"rank_total_\d+_rank_min_2", num_ref=3, reference=reference)
-        assert result["ranks"] == [16, 256]
-        assert result["rmse_values"][1] < result["rmse_values"][0]
+        assert result["ranks"] == ([16] if reference == "rank=256" else [16, 256]), (
+            "a reference is not judged by itself"
+        )
+        assert result["rmse_values"] == sorted(result["rmse_values"], reverse=True)
     assert result["relative_errors_percent"][1] < 0.1, "the same matrices, rebuilt, on exact gradients"
     assert len(list((tmp_path / "Plots").glob("*.pdf"))) == 9
