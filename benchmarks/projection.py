@@ -230,9 +230,10 @@ def summary(found: dict[str, Any], worst: float, settings: dict[str, Any], about
 
 
 def store(folder: Path, suite: str, found: dict[str, Any]) -> Path:
-    """Adds a suite to FOLDER/projection-<device>.json; its other cases stay."""
-    device = str(found["environment"]["device"])
-    path = folder / f"projection-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    """Adds a suite to FOLDER/<device>.json, beside other benchmarks' suites; its own other cases stay."""
+    device, threads = str(found["environment"]["device"]), found["environment"].get("threads")
+    device += f" {threads} threads" if threads else ""
+    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"device": device, "suites": {}}
     before = stored["suites"].get(suite, {"cases": {}})
     stored["suites"][suite] = {**found, "cases": {**before["cases"], **found["cases"]}}
@@ -255,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="store projection-<device>.json there")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="store <device>.json there")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     if (options.shape is None) == (options.model is None):
@@ -283,7 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for mode in options.mode:
         about = {
             "date": datetime.date.today().isoformat(), "commit": train_results.commit(),
-            "command": shlex.join(["python", "-m", "sparseopt.benchmarks.projection", *given]),
+            # Folders of one machine mean nothing elsewhere.
+            "command": shlex.join(["python", "-m", "sparseopt.benchmarks.projection",
+                                   *("FOLDER" if word == str(options.output) else word for word in given)]),
             "environment": train_results.environment(device),
         }  # fmt: skip
         with contextlib.redirect_stdout(sys.stderr):
