@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = [
         measure(given["shape"], device, arm=arm, **{k: v for k, v in given.items() if k != "shape"}) for arm in arms
     ]
-    text = json.dumps(results, indent=2)
+    text = json.dumps({"benchmark": "collection of gradient masks", "results": results}, indent=2)
     if output is not None:
         atomic_write(output, text)
     sys.stdout.write(text + "\n")

@@ -18,8 +18,9 @@ TINY = ["--shape", "tiny", "--batch", "1", "--sequence", "8", "--rounds", "2", "
 
 def test_every_arm_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     collector.main([*TINY, "--mask_interval", "10", "--output", str(tmp_path / "result.json")])
-    results = json.loads(capsys.readouterr().out)
-    assert results == json.loads((tmp_path / "result.json").read_text())
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "result.json").read_text())
+    results = printed["results"]
     assert [result["arm"] for result in results] == list(collector.ARMS)
     for result in results:
         without, with_ = (result["step_ms"][key]["median"] for key in ("without", "with"))
