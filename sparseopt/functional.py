@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from sparseopt import _backend, _schema
+from sparseopt._functional_samples import PROJECTION_RANK, cross_entropy_, describe, grad_project
 
 if TYPE_CHECKING:
     from sparseopt.optim.plan import IndexPlan
 
 __all__ = [
+    "PROJECTION_RANK",
     "accumulate_squares_",
     "clip_coefficient_",
     "cross_entropy_",
@@ -37,8 +39,6 @@ _backend.load()
 _ops = torch.ops.sparseopt
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PROJECTION_RANK = 256  # the most rows of a projection matrix
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def pack_mask(mask: Tensor) -> Tensor:
         Unused bits of the last byte are zero.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"pack_mask expects a bool tensor, got {_describe(mask)}.")
+        raise TypeError(f"pack_mask expects a bool tensor, got {describe(mask)}.")
     return _ops.pack_mask(mask)
 
 
@@ -83,7 +83,7 @@ def mask_overlap(a: Tensor, b: Tensor) -> Tensor:
     _check_packed("mask_overlap", b, None)
     if a.numel() != b.numel() or a.device != b.device:
         raise ValueError(
-            f"mask_overlap expects two masks of one length on one device, got {_describe(a)} and {_describe(b)}."
+            f"mask_overlap expects two masks of one length on one device, got {describe(a)} and {describe(b)}."
         )
     return _ops.mask_overlap(a.contiguous(), b.contiguous())
 
@@ -110,12 +110,12 @@ def gather_grads_(
             f"gather_grads_ got gradients for tensors {first_tensor}..{first_tensor + len(grads)} of a plan of {plan.tensors}."
         )
     if compact.dim() != 1 or compact.numel() != plan.active or not compact.is_contiguous():
-        raise ValueError(f"compact must be a contiguous vector of {plan.active} entries, got {_describe(compact)}.")
+        raise ValueError(f"compact must be a contiguous vector of {plan.active} entries, got {describe(compact)}.")
     _check_tensors("gradient", grads, plan, first_tensor)
     chunks = plan.chunks
     per_chunk = plan.squares_per_chunk
     if squares is not None and (squares.shape != (len(chunks) * per_chunk,) or squares.dtype != compact.dtype):
-        raise ValueError(f"squares must be {compact.dtype}[{len(chunks) * per_chunk}], got {_describe(squares)}.")
+        raise ValueError(f"squares must be {compact.dtype}[{len(chunks) * per_chunk}], got {describe(squares)}.")
     if len(grads) != plan.tensors:
         first, last = plan.first_chunk[first_tensor], plan.first_chunk[first_tensor + len(grads)]
         chunks = chunks[first:last]
@@ -138,12 +138,12 @@ def clip_coefficient_(
         found_inf: fp32[], nonzero: an overflow was found elsewhere.
     """
     if squares.dim() != 1 or squares.dtype not in (torch.float32, torch.float64) or not squares.is_contiguous():
-        raise ValueError(f"squares must be a contiguous fp32 or fp64 vector, got {_describe(squares)}.")
+        raise ValueError(f"squares must be a contiguous fp32 or fp64 vector, got {describe(squares)}.")
     for name, value in {
         "norm": norm, "multiplier": multiplier, "skip": skip, "inverse_scale": inverse_scale, "found_inf": found_inf,
     }.items():  # fmt: skip
         if value is not None and (value.numel() != 1 or value.dtype != torch.float32 or value.device != squares.device):
-            raise ValueError(f"{name} must be one fp32 number on {squares.device}, got {_describe(value)}.")
+            raise ValueError(f"{name} must be one fp32 number on {squares.device}, got {describe(value)}.")
     _ops.clip_coefficient_(squares, max_norm, inverse_scale, found_inf, norm, multiplier, skip)
 
 
@@ -166,14 +166,14 @@ def scatter_values_(params: Sequence[Tensor], values: Tensor, indices: Tensor, c
         )
     dtype = next(iter(dtypes), values.dtype)
     if values.dim() != 1 or values.dtype != dtype or not values.is_contiguous():
-        raise ValueError(f"values must be a contiguous vector of {dtype}, got {_describe(values)}.")
+        raise ValueError(f"values must be a contiguous vector of {dtype}, got {describe(values)}.")
     for position, tensor in enumerate(params):
         if tensor.numel() and (tensor.device != values.device or not tensor.is_contiguous()):
-            raise ValueError(f"parameter {position} must be contiguous on {values.device}, got {_describe(tensor)}.")
+            raise ValueError(f"parameter {position} must be contiguous on {values.device}, got {describe(tensor)}.")
     if indices.dtype not in (torch.int16, torch.int32) or indices.dim() != 1 or indices.device != values.device:
-        raise ValueError(f"indices must be an int16 or int32 vector on {values.device}, got {_describe(indices)}.")
+        raise ValueError(f"indices must be an int16 or int32 vector on {values.device}, got {describe(indices)}.")
     if chunks.dim() != 2 or chunks.shape[1] != 6 or chunks.dtype != torch.int64 or chunks.device != values.device:
-        raise ValueError(f"chunks must be int64[C, 6] on {values.device}, got {_describe(chunks)}.")
+        raise ValueError(f"chunks must be int64[C, 6] on {values.device}, got {describe(chunks)}.")
     _ops.scatter_values_(list(params), values, indices, chunks, run)
 
 
@@ -213,16 +213,16 @@ def accumulate_squares_(
         )
     for position, (squares, grad) in enumerate(zip(stored, grads, strict=True)):
         if squares.dtype != torch.float32 or squares.device != device or not squares.is_contiguous():
-            raise ValueError(f"accumulator {position} must be contiguous fp32 on {device}, got {_describe(squares)}.")
+            raise ValueError(f"accumulator {position} must be contiguous fp32 on {device}, got {describe(squares)}.")
         if grad.numel() and (grad.numel() != squares.numel() or grad.device != device):
             raise ValueError(
-                f"gradient {position} must have {squares.numel()} entries on {device}, got {_describe(grad)}."
+                f"gradient {position} must have {squares.numel()} entries on {device}, got {describe(grad)}."
             )
     if isinstance(decay, float):
         decay = torch.full((), decay, dtype=torch.float32, device=device)
     for name, value in {"decay": decay, "inverse": inverse}.items():
         if value is not None and (value.dim() or value.dtype != torch.float32 or value.device != device):
-            raise ValueError(f"{name} must be one fp32 number on {device}, got {_describe(value)}.")
+            raise ValueError(f"{name} must be one fp32 number on {device}, got {describe(value)}.")
     _ops.accumulate_squares_(list(stored), [grad.contiguous() for grad in grads], float(weight), decay, inverse)
 
 
@@ -277,7 +277,7 @@ def sparse_adamw_(
             if grad.numel() != param.numel() or grad.dtype != param.dtype or not grad.is_contiguous():
                 raise ValueError(
                     f"gradient {position} must be contiguous with {param.numel()} entries of {param.dtype}, "
-                    f"got {_describe(grad)}."
+                    f"got {describe(grad)}."
                 )
     state_dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     for name, buffer, dtype in (
@@ -292,13 +292,13 @@ def sparse_adamw_(
         if buffer is not None and (
             buffer.shape != (plan.active,) or buffer.dtype != dtype or not buffer.is_contiguous()
         ):
-            raise ValueError(f"{name} must be a contiguous {dtype}[{plan.active}], got {_describe(buffer)}.")
+            raise ValueError(f"{name} must be a contiguous {dtype}[{plan.active}], got {describe(buffer)}.")
     if steps.shape != (plan.tensors,) or steps.dtype != torch.float32:
-        raise ValueError(f"steps must be float32[{plan.tensors}], got {_describe(steps)}.")
+        raise ValueError(f"steps must be float32[{plan.tensors}], got {describe(steps)}.")
     if groups.shape != (plan.tensors,) or groups.dtype != torch.int32:
-        raise ValueError(f"groups must be int32[{plan.tensors}], got {_describe(groups)}.")
+        raise ValueError(f"groups must be int32[{plan.tensors}], got {describe(groups)}.")
     if hyper.dim() != 2 or hyper.shape[1] != len(_schema.HYPER_COLUMNS) or hyper.dtype != torch.float64:
-        raise ValueError(f"hyper must be float64[G, {len(_schema.HYPER_COLUMNS)}], got {_describe(hyper)}.")
+        raise ValueError(f"hyper must be float64[G, {len(_schema.HYPER_COLUMNS)}], got {describe(hyper)}.")
     if (cohorts is None) != (births is None):
         raise ValueError("cohorts and births come together.")
     if residual is not None and master is not None:
@@ -313,98 +313,10 @@ def sparse_adamw_(
     )  # fmt: skip
 
 
-# ---- per-sample gradients --------------------------------------------------------------------------------------------
-def grad_project(gradients: Tensor, inputs: Tensor, matrix: Tensor, scale: float = 1.0) -> Tensor:
-    """Projects the per-sample weight gradients of a linear layer, without the weight gradients: P_o dW_b P_i^T.
-
-    With dW_b = sum over tokens t of g_bt x_bt^T the slice is ``scale * sum_t (matrix g_bt) (inputs_bt)^T``, where
-    ``inputs_bt = P_i x_bt`` was kept in the forward. Sums over d_out and over tokens are fp32 (fp32 arguments: no TF32);
-    two runs give the same bits.
-
-    Args:
-        gradients: [B, T, d_out], fp32, bf16 or fp16: of the layer's output. Read where they are whatever the strides of
-            the first two dimensions; copied only if the last is not contiguous (an expanded sum, say).
-        inputs: [B, T, k_i], fp32, bf16 or fp16, k_i from 1 to 256 (ones for a bias, k_i = 1).
-        matrix: [k_o, d_out], k_o from 1 to 256, in the gradients' dtype or fp32. fp32 beside 16-bit gradients is
-            computed in fp32, without tensor cores: exact but slower, so entries of -1 and 1 are better kept in the
-            gradients' dtype with ``scale`` apart.
-        scale: multiplies the fp32 result.
-
-    Returns:
-        fp32[B, k_o, k_i] on the same device.
-    """
-    if gradients.dim() != 3 or gradients.dtype not in ACTIVATION_DTYPES:
-        raise ValueError(f"gradients must be [B, T, d_out] of fp32, bf16 or fp16, got {_describe(gradients)}.")
-    batch, tokens, width = gradients.shape
-    if (
-        inputs.dim() != 3
-        or inputs.shape[:2] != (batch, tokens)
-        or not 1 <= inputs.shape[2] <= PROJECTION_RANK
-        or inputs.dtype not in ACTIVATION_DTYPES
-        or inputs.device != gradients.device
-    ):
-        raise ValueError(
-            f"inputs must be [{batch}, {tokens}, 1..{PROJECTION_RANK}] of fp32, bf16 or fp16 on {gradients.device}, "
-            f"got {_describe(inputs)}."
-        )
-    if (
-        matrix.dim() != 2
-        or matrix.shape[1] != width
-        or not 1 <= matrix.shape[0] <= PROJECTION_RANK
-        or matrix.dtype not in (gradients.dtype, torch.float32)
-        or matrix.device != gradients.device
-    ):
-        raise ValueError(
-            f"matrix must be [1..{PROJECTION_RANK}, {width}] of {gradients.dtype} or fp32 on {gradients.device}, "
-            f"got {_describe(matrix)}."
-        )
-    return _ops.grad_project(_last_contiguous(gradients), _last_contiguous(inputs), _last_contiguous(matrix), scale)
-
-
-def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """Cross entropy of each row, and its gradient in place of the logits.
-
-    Args:
-        logits: [N, V], fp32, bf16 or fp16, last dimension contiguous; overwritten with d loss / d logits, softmax -
-            onehot in their dtype (computed in fp32), zeros in ignored rows.
-        targets: int64[N], entries from 0 to V - 1 or ``ignore_index``. On the CPU, outside ``torch.compile``, others
-            are an error (two passes over N numbers). Elsewhere looking would wait for the device: there such a row's
-            loss and gradient become NaN, and nothing outside the row is read.
-        ignore_index: rows with this target have loss 0, whatever their logits.
-
-    Returns:
-        fp32[N], -log softmax(logits)[target].
-    """
-    if logits.dim() != 2 or logits.dtype not in ACTIVATION_DTYPES:
-        raise ValueError(f"logits must be [N, V] of fp32, bf16 or fp16, got {_describe(logits)}.")
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        raise ValueError(f"logits must have a contiguous last dimension, got strides {logits.stride()}.")
-    if targets.shape != logits.shape[:1] or targets.dtype != torch.int64 or targets.device != logits.device:
-        raise ValueError(f"targets must be int64[{logits.shape[0]}] on {logits.device}, got {_describe(targets)}.")
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ((targets < 0) | (targets >= logits.shape[1])) & (targets != ignore_index)
-        if wrong.any():
-            raise ValueError(
-                f"targets must be from 0 to {logits.shape[1] - 1} or {ignore_index}, got {int(targets[wrong][0])}."
-            )
-    return _ops.cross_entropy_(logits, targets.contiguous(), ignore_index)
-
-
 # ---- checks ----------------------------------------------------------------------------------------------------------
-def _describe(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    dtype = str(value.dtype).removeprefix("torch.")
-    return f"{dtype}{list(value.shape)} on {value.device}"
-
-
-def _last_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def _check_packed(function: str, packed: Tensor, numel: int | None) -> None:
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
-        raise TypeError(f"{function} expects a packed mask, uint8[ceil(n/8)], got {_describe(packed)}.")
+        raise TypeError(f"{function} expects a packed mask, uint8[ceil(n/8)], got {describe(packed)}.")
     if numel is not None and packed.numel() != (numel + 7) // 8:
         raise ValueError(
             f"{function} expects {(numel + 7) // 8} bytes for a mask of {numel} entries, got {packed.numel()} bytes."
@@ -422,5 +334,5 @@ def _check_tensors(what: str, tensors: Sequence[Tensor], plan: IndexPlan, first:
             raise ValueError(f"{what} {position} is on {tensor.device}, its index plan on {plan.indices.device}.")
         if tensor.numel() not in (0, plan.numels[position]) or not tensor.is_contiguous():
             raise ValueError(
-                f"{what} {position} must be contiguous with {plan.numels[position]} entries, got {_describe(tensor)}."
+                f"{what} {position} must be contiguous with {plan.numels[position]} entries, got {describe(tensor)}."
             )
