@@ -98,13 +98,13 @@ class _NaiveHooks:
         self.slices: dict[str, Tensor] = {}
         for layer in projector.layers:
             module, weight = modules[layer.modules[0]], modules[layer.modules[0]].weight
-            inner, outer = (m.to(weight.device, weight.dtype) for m in projector.projection_matrices(layer.name))  # type: ignore[call-overload]
+            inner, outer = (m.to(weight.device, weight.dtype) for m in projector.projection_matrices(layer.name))
             module.register_forward_hook(self._keep)
             module.register_full_backward_hook(self._project(layer.name, inner, outer))
 
     @staticmethod
     def _keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        module._kept = inputs[0].detach()  # type: ignore[assignment]
+        module._kept = inputs[0].detach()
 
     def _project(self, name: str, inner: Tensor, outer: Tensor) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any, gradients: tuple[Tensor, ...]) -> None:

@@ -200,7 +200,8 @@ class ProjectRun(Run):
                     pending.append(([ids[row] for row in missing], rows[missing]))
                     if len(pending) >= self.save_interval:
                         hand_over()
-                    progress.update(len(missing), loss=statistics.last, **{"tokens/s": statistics.rate})
+                    shown: dict[str, Any] = {"loss": statistics.last, "tokens/s": statistics.rate}
+                    progress.update(len(missing), **shown)
             finally:  # Ctrl-C included: what is computed is kept
                 hand_over()
                 store.flush()
