@@ -35,6 +35,8 @@ HELP = [
     ["deltas", "push"],
     ["bench", "dpo"],
     ["plan"],
+    ["runs", "list"],
+    ["runs", "show"],
 ]
 
 

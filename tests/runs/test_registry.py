@@ -184,7 +184,7 @@ def test_best_run(manager: so.RunManager) -> None:
     assert manager.get_best_run()["run_id"] == ids[2]
     assert manager.get_best_run(sweep_name="a")["lr"] == 1
     assert manager.get_best_run("lr", maximize=True)["run_id"] == ids[3]
-    with pytest.raises(ValueError, match="No run of the sweep 'c' .* has a number in the column 'final_valid_loss'"):
+    with pytest.raises(ValueError, match=r"No run of the sweep 'c' .* has a number in the column 'final_valid_loss'"):
         manager.get_best_run(sweep_name="c")
 
 
@@ -231,7 +231,7 @@ def test_errors(manager: so.RunManager) -> None:
             manager.update_metrics(wrong, {})
     with pytest.raises(TypeError, match=r"metric a must be a number, .* got object"):
         manager.update_metrics(run_id, {"a": object()})
-    with pytest.raises(TypeError, match="metric a must be .* got a dict"):
+    with pytest.raises(TypeError, match=r"metric a must be .* got a dict"):
         manager.update_metrics(run_id, {"a": {}})
     with pytest.raises(TypeError, match=r"training\.lr must be .* got set"):
         manager.setup_run({"training": {"lr": {1}}})
