@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparseopt._version import __version__
-from sparseopt.cli import bench, deltas, doctor, masks, plan, project, runs, train
+from sparseopt.cli import bench, deltas, doctor, masks, plan, project, runs, sweep, train
 from sparseopt.cli._command import Command, example, group
 
 __all__ = ["app", "main"]
@@ -42,6 +42,7 @@ app.add_typer(masks.app)
 app.add_typer(deltas.app)
 app.add_typer(project.app)
 app.add_typer(runs.app)
+app.add_typer(sweep.app)
 app.add_typer(bench.app)
 
 

@@ -43,6 +43,8 @@ UNFINISHED = ("created", "running")
 # written a thousand times. What ends or registers a run always refreshes it.
 LARGE_CSV_BYTES, LARGE_CSV_AGE_S = 1 << 18, 5.0
 HEARTBEAT_S = 30.0
+# What a sweep tells the processes it starts.
+RUN_ID_VARIABLE, RUNS_DIR_VARIABLE = "SPARSEOPT_RUN_ID", "SPARSEOPT_RUNS_DIR"
 
 
 class RunManager:
@@ -65,7 +67,8 @@ class RunManager:
         """Gives a run its id and folder, writes ``config.yaml`` and registers it.
 
         A process that ends without :meth:`finish_run` marks what it set up itself: ``finished`` at its normal end,
-        ``failed`` after an uncaught exception; killed, it leaves a run that is seen as ``crashed``.
+        ``failed`` after an uncaught exception; killed, it leaves a run that is seen as ``crashed``. In a process that a
+        sweep started, the first run set up in the sweep's folder is the sweep's.
 
         Args:
             config: nested dict of plain values (OmegaConf's, too); any keys.
@@ -78,16 +81,26 @@ class RunManager:
             TypeError: the configuration is no dict, or holds something other than numbers, text, bools, None, lists, dicts.
         """
         values = as_dict(config)
+        run_id = self._given_id() or self.new_run_id()
+        self.register_run(run_id, values, sweep_name=sweep_name)
+        return run_id
+
+    def new_run_id(self) -> str:
+        """A new id, its folder made."""
         self.base_dir.mkdir(parents=True, exist_ok=True)
         while True:
             run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{secrets.token_hex(3)}"
             try:
                 (self.base_dir / run_id).mkdir()  # whoever makes the folder has the id
-                break
+                return run_id
             except FileExistsError:
                 continue
-        self.register_run(run_id, values, sweep_name=sweep_name)
-        return run_id
+
+    def _given_id(self) -> str | None:
+        """The id of the run that a sweep started this process for, the first time it is asked for."""
+        if os.environ.get(RUNS_DIR_VARIABLE) != os.path.abspath(self.base_dir):
+            return None
+        return os.environ.pop(RUN_ID_VARIABLE, None)
 
     def register_run(self, run_id: str, config: Mapping[str, Any], *, sweep_name: str | None = None) -> None:
         """Registers a run under a given id; a registered one gets this configuration and keeps everything else.
@@ -160,6 +173,17 @@ class RunManager:
     def tracking(self, run_id: str, *, interval: float = HEARTBEAT_S) -> Iterator[None]:
         """Running inside the block, with a heartbeat every ``interval`` seconds; finished, or failed, after it."""
         self.start_run(run_id)
+        try:
+            with self.beating(run_id, interval):
+                yield
+        except BaseException as error:
+            self.finish_run(run_id, "failed", _describe(error))
+            raise
+        self.finish_run(run_id)
+
+    @contextlib.contextmanager
+    def beating(self, run_id: str, interval: float = HEARTBEAT_S) -> Iterator[None]:
+        """A heartbeat every ``interval`` seconds inside the block."""
         stop = threading.Event()
 
         def beat() -> None:
@@ -172,14 +196,9 @@ class RunManager:
         thread.start()
         try:
             yield
-        except BaseException as error:
+        finally:
             stop.set()
             thread.join()
-            self.finish_run(run_id, "failed", _describe(error))
-            raise
-        stop.set()
-        thread.join()
-        self.finish_run(run_id)
 
     def refresh_csv(self) -> Path:
         """Writes ``runs.csv`` anew from the run.json files and returns its path."""
