@@ -194,8 +194,10 @@ def _space(where: str, value: Any) -> Choice | Range:
         others = [key for key in value if key != "values"]
         if not isinstance(values, list) or not values or others:
             raise ValueError(f"{where} must hold a list of values (and nothing else), got {dict(value)!r}.")
-        distinct = {config_hash({"value": item}): item for item in reversed(values)}
-        return Choice(tuple(reversed(distinct.values())))
+        distinct: dict[str, Any] = {}
+        for item in values:
+            distinct.setdefault(config_hash({"value": item}), item)
+        return Choice(tuple(distinct.values()))
     low, high, log = value.get("min"), value.get("max"), value.get("log", False)
     unknown = [key for key in value if key not in RANGE_KEYS]
     numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in (low, high))

@@ -37,6 +37,8 @@ HELP = [
     ["plan"],
     ["runs", "list"],
     ["runs", "show"],
+    ["sweep", "run"],
+    ["sweep", "status"],
 ]
 
 
