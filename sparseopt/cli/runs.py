@@ -154,3 +154,48 @@ def checkpoints(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("checkpoint_*") if path.is_dir() and path.name[11:].isdigit()]
     final = folder / "final_checkpoint"
     return sorted(found, key=lambda path: int(path.name[11:])) + ([final] if final.is_dir() else [])
+
+
+@app.command(
+    "export",
+    cls=Command,
+    epilog=example(
+        "sparseopt runs export --to mlflow --output_dir mlruns",
+        "sparseopt runs export --filter_sweep learning_rate_sweep --to wandb --output_dir exported && wandb sync exported/wandb/*",
+    ),
+)
+def export(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN...]", help="Ids, or beginnings of ids (default: all runs).")
+    ] = None,
+    to: Annotated[str, typer.Option("--to", help="wandb (offline files) or mlflow (a file store).")] = "mlflow",
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output_dir", help="Where to write (default: mlruns, or for wandb the current folder)."),
+    ] = None,
+    filter_sweep: Annotated[str | None, typer.Option("--filter_sweep", help="Only runs of this sweep.")] = None,
+    project: Annotated[str, typer.Option("--project", help="W&B project or MLflow experiment.")] = "sparseopt",
+    base_dir: BaseDirOption = Path("saved_models"),
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Write runs into files of another tracker: configuration, metrics, state."""
+    if to not in ("wandb", "mlflow"):
+        raise typer.BadParameter(f"--to must be wandb or mlflow, got {to!r}.")
+    from sparseopt.runs.export import to_mlflow, to_wandb
+    from sparseopt.runs.registry import RunManager
+
+    manager = RunManager(base_dir)
+    wanted = runs or [row["run_id"] for row in manager.rows()]
+    records = [manager.get_run(run) for run in wanted]
+    records = [record for record in records if filter_sweep is None or record["sweep_name"] == filter_sweep]
+    if not records:
+        raise ValueError(f"There is no run to export in {str(base_dir)!r}.")
+    if to == "wandb":
+        folders = to_wandb(records, output_dir or Path("."), project)
+    else:
+        folders = to_mlflow(records, output_dir or Path("mlruns"), project)
+    if json:
+        print_json({"folders": [str(folder) for folder in folders]})
+    else:
+        print(f"{len(folders)} runs written to {folders[0].parent}")

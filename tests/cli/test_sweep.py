@@ -29,7 +29,7 @@ def note(word):
     os.write(out, f"{word} {name}\\n".encode())
 note("start")
 if (folder / "hold").exists():
-    note("held")
+    note((folder / "hold").read_text() or "held")
 while (folder / "hold").exists():
     time.sleep(0.01)
 print("output of", name)
@@ -119,9 +119,9 @@ def test_killed_twice_ends_with_twelve_none_done_twice(sweep: Sweep, kill_worker
     for round_, wanted in enumerate((3, 7)):
         process = sweep.start(*(sweep.run if round_ == 0 else ["resume", "twelve"]), "--jobs", "2")
         sweep.until(lambda wanted=wanted: len(sweep.notes("done")) >= wanted)  # type: ignore[misc]
-        (sweep.folder / "hold").touch()
+        (sweep.folder / "hold").write_text(f"held_{round_}")
         # Two commands have begun and cannot end.
-        sweep.until(lambda: len({*sweep.notes("held")} - {*sweep.notes("done")}) == 2)
+        sweep.until(lambda word=f"held_{round_}": len({*sweep.notes(word)} - {*sweep.notes("done")}) == 2)  # type: ignore[misc]
         process.send_signal(signal.SIGKILL)
         process.wait()
         held = [row for row in sweep.manager.rows() if row["status"] == "running"]
