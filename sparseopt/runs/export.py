@@ -108,7 +108,7 @@ def _write_run(record: Mapping[str, Any], root: Path) -> Path:
     tags |= {key: record[key] for key in ("sweep_name", "host", "error") if record.get(key) is not None}
     numbers = {key: value for key, value in record["metrics"].items() if isinstance(value, (int, float))}
     tags |= {key: value for key, value in record["metrics"].items() if key not in numbers}
-    meta = {
+    meta: dict[str, Any] = {
         "artifact_uri": f"{root.absolute().as_uri()}/{uuid}/artifacts",
         "end_time": None if record["status"] in ("created", "running") else end,
         "entry_point_name": "",

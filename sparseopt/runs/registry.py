@@ -81,8 +81,11 @@ class RunManager:
             TypeError: the configuration is no dict, or holds something other than numbers, text, bools, None, lists, dicts.
         """
         values = as_dict(config)
-        run_id = self._given_id() or self.new_run_id()
+        given = self._given_id()
+        run_id = given or self.new_run_id()
         self.register_run(run_id, values, sweep_name=sweep_name)
+        if given is None:  # a sweep books itself how its runs end
+            _close_at_exit(self, run_id)
         return run_id
 
     def new_run_id(self) -> str:
@@ -109,20 +112,18 @@ class RunManager:
             ValueError: the id cannot be the name of a folder.
             TypeError: as :meth:`setup_run`.
         """
-        import yaml
+        from sparseopt._yaml import dump
 
         values = as_dict(config)
         folder = self._folder(run_id)
         folder.mkdir(parents=True, exist_ok=True)
         with self._lock(folder / ".lock"):
-            atomic_write(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+            atomic_write(folder / "config.yaml", dump(values))
             fresh = new_record(run_id, values, sweep_name)
             if (folder / RECORD).exists():
                 kept = self._read(run_id)
                 names = ("run_name", "config", "config_hash", "sweep_name")
                 fresh = kept | {name: fresh[name] for name in names if fresh[name] is not None}
-            else:
-                _close_at_exit(self, run_id)
             atomic_write(folder / RECORD, dump_record(fresh))
         self._refresh()
 

@@ -104,6 +104,16 @@ def test_values(manager: so.RunManager) -> None:
     assert table(manager)[0]["inf"] == "-inf"
 
 
+def test_config_file_says_the_same_to_every_reader(manager: so.RunManager) -> None:
+    from sparseopt._yaml import parse
+
+    texts = ["1e-4", "10:80:10", "null", "yes", "010", "0.5", "", "2020-01-01", "~", ".nan", "a: b", "0x1f", "1_0"]
+    config = {"texts": texts, "numbers": [1e-5, 6e-4, 1e20, 3, -0.0, 1e300], "none": None, "bool": True, "ü": "ß"}
+    text = (manager.base_dir / manager.setup_run(config) / "config.yaml").read_text()
+    assert parse(text) == yaml.safe_load(text) == config
+    assert list(parse(text)) == list(config)
+
+
 def test_omegaconf(manager: so.RunManager) -> None:
     from omegaconf import OmegaConf
 
@@ -155,6 +165,11 @@ def test_how_a_process_ends(manager: so.RunManager, end: str, status: str) -> No
     assert (row["status"], row["final_valid_loss"]) == (status, 1)
     assert row["error"] == ("ValueError: bad" if status == "failed" else None)
     assert manager.get_run(row["run_id"])["status"] == status
+
+
+def test_whoever_registers_for_another_does_not_book_its_end(manager: so.RunManager) -> None:
+    script("import sys, sparseopt as so\nso.RunManager(sys.argv[1]).register_run('x', {})\n", manager.base_dir)
+    assert [row["status"] for row in manager.rows()] == ["crashed"]
 
 
 def test_crashed_elsewhere_is_told_by_the_heartbeat(manager: so.RunManager) -> None:
