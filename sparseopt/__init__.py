@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparseopt.optim.sparse_adamw import SparseAdamW as SparseAdamW
     from sparseopt.projection.projector import GradientProjector as GradientProjector
     from sparseopt.projection.store import ProjectionStore as ProjectionStore
+    from sparseopt.runs.registry import RunManager as RunManager
     from sparseopt.trainers.attachment import attach as attach
 
 # public name -> module that defines it
@@ -38,6 +39,7 @@ _PUBLIC = {
     "GradientProjector": "sparseopt.projection.projector",
     "MaskSet": "sparseopt.masks.maskset",
     "ProjectionStore": "sparseopt.projection.store",
+    "RunManager": "sparseopt.runs.registry",
     "SparseAdamW": "sparseopt.optim.sparse_adamw",
     "attach": "sparseopt.trainers.attachment",
     "compare": "sparseopt.masks.operations",

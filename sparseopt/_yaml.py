@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-__all__ = ["parse"]
+__all__ = ["dump", "parse"]
 
 _NUMBERS = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)"),
@@ -51,3 +51,20 @@ def parse(text: str) -> Any:
         yaml.YAMLError: it cannot be parsed, or a key is there twice.
     """
     return yaml.load(text, _Loader)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which puts text in quotes where either of the two would read something else."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        character: [
+            *_Loader.yaml_implicit_resolvers.get(character, []),
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(character, []),
+        ]
+        for character in {*_Loader.yaml_implicit_resolvers, *yaml.SafeDumper.yaml_implicit_resolvers}
+    }
+
+
+def dump(content: Any) -> str:
+    """``content`` (dicts, lists, numbers, text, bools, None) as a document that :func:`parse` and PyYAML read as the same."""
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True))

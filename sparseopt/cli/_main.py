@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparseopt._version import __version__
-from sparseopt.cli import bench, deltas, doctor, masks, plan, project, train
+from sparseopt.cli import bench, deltas, doctor, masks, plan, project, runs, sweep, train
 from sparseopt.cli._command import Command, example, group
 
 __all__ = ["app", "main"]
@@ -41,6 +41,8 @@ app.add_typer(train.app)
 app.add_typer(masks.app)
 app.add_typer(deltas.app)
 app.add_typer(project.app)
+app.add_typer(runs.app)
+app.add_typer(sweep.app)
 app.add_typer(bench.app)
 
 

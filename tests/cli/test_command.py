@@ -35,6 +35,10 @@ HELP = [
     ["deltas", "push"],
     ["bench", "dpo"],
     ["plan"],
+    ["runs", "list"],
+    ["runs", "show"],
+    ["sweep", "run"],
+    ["sweep", "status"],
 ]
 
 
