@@ -331,7 +331,8 @@ class SparseAdamW(Optimizer):
             raise RuntimeError(
                 "update_masks() between backward() and step() would lose captured gradients: call it after step()."
             )
-        self._build()
+        if self._arenas:
+            self._build()
         params = {name: param for name, param, _ in self._layout()}
         given = masks if isinstance(masks, MaskSet) else MaskSet.from_bool(masks)
         for name in given.names:
@@ -341,6 +342,9 @@ class SparseAdamW(Optimizer):
                 raise ValueError(
                     f"the mask of {name!r} has shape {given.shapes[name]}, the parameter {tuple(params[name].shape)}."
                 )
+        if not self._arenas:  # nothing is allocated yet, and need not be for masks that will not be used
+            self._masks.update({name: given.packed(name) for name in given.names})
+            return
         self._left.before_update(self, given)
         self._masks = {name: given.packed(name) for name in given.names}
         self._dirty = True
