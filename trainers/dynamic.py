@@ -52,7 +52,7 @@ class DynamicSparsity(TrainerCallback):
             ValueError: an unknown pattern, or numbers out of range.
             TypeError: an unknown argument.
         """
-        known = set(Engine.__init__.__kwdefaults__) - {"exclude"}
+        known = set(Engine.__init__.__kwdefaults__ or ()) - {"exclude"}  # total_steps has no default
         for name in options:
             if name not in known:
                 raise TypeError(f"DynamicSparsity() takes no argument {name!r}; it takes {', '.join(sorted(known))}.")
@@ -91,8 +91,12 @@ class DynamicSparsity(TrainerCallback):
         unmasked = "freeze" if self._options.get("target") == "updates" else "dense"
         # Every layer takes part; training begins with masks made for its number of steps, before anything is allocated.
         everything = MaskSet.full_like({layer.name: layer.param for layer in layers})
-        attach(trainer, everything, **{"unmasked": unmasked, **sparse_adamw_kwargs})
-        trainer.add_callback(self)
+        trainer.add_callback(self)  # before attach()'s own, which allocates the optimizer's state
+        try:
+            attach(trainer, everything, **{"unmasked": unmasked, **sparse_adamw_kwargs})
+        except (TypeError, ValueError):
+            trainer.remove_callback(self)
+            raise
 
     def optimizer_made(self, optimizer: SparseAdamW) -> None:
         """Called with the optimizer of an attached trainer, before a checkpoint's state is loaded into it."""

@@ -165,8 +165,8 @@ class Reference:
             active = mask.view(-1).nonzero().view(-1).tolist()
             inactive = (~mask).view(-1).nonzero().view(-1).tolist()
             count = round(fraction * len(active))
-            leave = sorted(active, key=lambda i: (abs(float(flat[i])), i))[:count]  # noqa: B023
-            come = sorted(inactive, key=lambda i: (-abs(float(gradient[i])), i))[:count]  # noqa: B023
+            leave = sorted(active, key=lambda i: (abs(float(flat[i])), i))[:count]
+            come = sorted(inactive, key=lambda i: (-abs(float(gradient[i])), i))[:count]
             for i in leave:
                 self.remove(name, i)
                 flat[i] = 0
@@ -477,9 +477,9 @@ def test_given_masks() -> None:
         train_step(model, optimizer, engine, step)
     assert engine.masks.counts == counts
     assert engine.masks != masks.select(engine.masks.names)
-    with pytest.raises(ValueError, match="'0.weight' is not 2:4"):
+    with pytest.raises(ValueError, match=r"'0.weight' is not 2:4"):
         make(initial=masks, pattern="2:4")
-    with pytest.raises(ValueError, match="have none for '2.weight'"):
+    with pytest.raises(ValueError, match=r"have none for '2.weight'"):
         make(initial=masks.select(["0.weight"]))
 
 
@@ -493,12 +493,12 @@ def test_misuse_is_said() -> None:
     state = engine.state_dict()
     with pytest.raises(ValueError, match="had pattern='unstructured', this one has '2:4'"):
         make(pattern="2:4")[2].load_state_dict(state)
-    with pytest.raises(ValueError, match="sparse layers: '0.weight'"):
+    with pytest.raises(ValueError, match=r"sparse layers: '0.weight'"):
         make(sparsity=0.8, exclude="0.weight")[2].load_state_dict(state)
     _, other, second = make(sparsity=0.8, initial="random")
     second.load_state_dict(state)
     with pytest.raises(ValueError, match="not those that the state"):
         second.start(other, resume=True)
     frozen = so.SparseAdamW([("0.weight", model[0].weight)], masks={"0.weight": engine.masks["0.weight"]})
-    with pytest.raises(ValueError, match="'2.weight' is not trained"):
+    with pytest.raises(ValueError, match=r"'2.weight' is not trained"):
         engine.start(frozen)
