@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparseopt.masks.maskset import MaskSet, normalize_name
-from sparseopt.optim import checkpoint, stepping, weights
+from sparseopt.optim import arguments, checkpoint, stepping, weights
 from sparseopt.optim.arena import Arena, Saved
 from sparseopt.optim.arguments import check_dtypes, check_hyperparameters, refuse_shared_storage, resolve_masks
 from sparseopt.optim.capture import GradientCapture
@@ -338,14 +338,7 @@ class SparseAdamW(Optimizer):
         if self._arenas:
             self._build()
         params = {name: param for name, param, _ in self._layout()}
-        given = masks if isinstance(masks, MaskSet) else MaskSet.from_bool(masks)
-        for name in given.names:
-            if name not in params:
-                raise ValueError(f"a mask came for {name!r}, which is not among the optimizer's parameters.")
-            if given.shapes[name] != tuple(params[name].shape):
-                raise ValueError(
-                    f"the mask of {name!r} has shape {given.shapes[name]}, the parameter {tuple(params[name].shape)}."
-                )
+        given = arguments.new_masks(masks, params)
         if not self._arenas:  # nothing is allocated yet, and need not be for masks that will not be used
             self._masks.update({name: given.packed(name) for name in given.names})
             return

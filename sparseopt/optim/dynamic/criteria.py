@@ -84,7 +84,7 @@ def keep_scores(
 def _method(criterion: Any, amount: float) -> Any:
     if not isinstance(criterion, type):
         method = copy.copy(criterion)
-    elif "amount" in inspect.signature(criterion.__init__).parameters:
+    elif "amount" in inspect.signature(criterion).parameters:
         return criterion(amount=amount)
     else:
         method = criterion()
