@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sparseopt.trainers.attachment import sparse_optimizer as sparse_optimizer
     from sparseopt.trainers.delta_logger import DeltaLogger as DeltaLogger
     from sparseopt.trainers.delta_logger import parse_schedule as parse_schedule
+    from sparseopt.trainers.dynamic import DynamicSparsity as DynamicSparsity
     from sparseopt.trainers.mask_collector import MaskCollector as MaskCollector
     from sparseopt.trainers.reference import share_reference as share_reference
     from sparseopt.trainers.scoring import gradient_scores as gradient_scores
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # public name -> module; loaded on first use, since each brings transformers
 _PUBLIC = {
     "DeltaLogger": "sparseopt.trainers.delta_logger",
+    "DynamicSparsity": "sparseopt.trainers.dynamic",
     "MaskCollector": "sparseopt.trainers.mask_collector",
     "attach": "sparseopt.trainers.attachment",
     "gradient_scores": "sparseopt.trainers.scoring",

@@ -155,6 +155,10 @@ class _Adapter(TrainerCallback):
         selected = masks.select([name for name in kept if name in masks])
         options = {k: v for k, v in self._options.items() if k != "weight_decay"}
         self._optimizer = SparseAdamW([g for g in groups if g["params"]], masks=selected, **options)
+        for callback in self._trainer.callback_handler.callbacks:
+            made = getattr(callback, "optimizer_made", None)
+            if made is not None:
+                made(self._optimizer)
         return self._optimizer
 
     def grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:

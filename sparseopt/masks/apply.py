@@ -14,7 +14,7 @@ from sparseopt import functional
 from sparseopt.masks._bits import unpack_range
 from sparseopt.masks.maskset import MaskSet, normalize_name
 
-__all__ = ["AppliedMasks", "apply_masks_to_model"]
+__all__ = ["AppliedMasks", "apply_masks_to_model", "zero_inactive"]
 
 MODES = ("freeze", "zero")
 BLOCK = 1 << 24  # entries whose mask is unpacked at a time while weights are set to 0
@@ -128,7 +128,7 @@ def apply_masks_to_model(
     if mode == "zero":
         emptied = [name for name, param in chosen.items() if param.numel() and not masks.count(name)]
         for name, param in chosen.items():
-            _zero(param, masks.packed(name))
+            zero_inactive(param, masks.packed(name))
         if emptied:
             warnings.warn(
                 f"{len(emptied)} parameters have nothing active and are 0 throughout now, {emptied[0]!r} among them; "
@@ -211,8 +211,8 @@ def _freeze(name: str, param: nn.Parameter, masks: MaskSet, applied: AppliedMask
 
 # ---- zero ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def _zero(param: nn.Parameter, packed: Tensor) -> None:
-    """In place and through the version counter: an optimizer with master weights notices."""
+def zero_inactive(param: nn.Parameter, packed: Tensor) -> None:
+    """Sets inactive weights to 0, in place and through the version counter: an optimizer with master weights notices."""
     weights = param.detach()
     if not weights.is_contiguous():
         weights.masked_fill_(~functional.unpack_mask(packed, tuple(param.shape)).to(weights.device), 0)

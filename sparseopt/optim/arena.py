@@ -26,11 +26,11 @@ class Saved:
     Attributes:
         values: ``step`` (0-d), and per active entry any of ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``,
             ``residual``, ``master``, ``cohorts``, ``base``; ``births`` fp32[K].
-        positions: sorted flat indices of the entries that ``values`` speak of; None: the same entries as the arena's.
+        mask: packed, the entries that ``values`` speak of; None: the same entries as the arena's.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
-    positions: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Arena:
@@ -266,19 +266,27 @@ class Arena:
         self.base = torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype, device=self.device)
 
     # ---- taking over earlier state -----------------------------------------------------------------------------------
-    def adopt(self, tensor: int, saved: Saved) -> None:
-        """Fills one tensor's state. Entries that ``saved`` does not know are new: zero moments, age 0."""
+    def adopt(self, tensor: int, saved: Saved, packed: Tensor | None) -> None:
+        """Fills one tensor's state. Entries that ``saved`` does not know are new: zero moments, age 0.
+
+        Args:
+            tensor: which one.
+            saved: its state, perhaps for another mask.
+            packed: its mask in this arena; None: all active.
+        """
         entries, values = self.plan.arena(tensor), saved.values
-        count = self.plan.counts[tensor]
         if "step" in values:
             self.steps[tensor] = values["step"].to(self.device, torch.float32)
-        source: Tensor | None = None
-        known: Tensor | None = None
-        if saved.positions is not None:
-            old, new = saved.positions.to(self.device), self.plan.positions(tensor)
-            at = torch.searchsorted(old, new).clamp(max=max(old.numel() - 1, 0))
-            known = (old[at] == new) if old.numel() else torch.zeros(count, dtype=torch.bool, device=self.device)
-            source = at[known]
+        source: Tensor | None = None  # bool per saved entry: is it active here?
+        known: Tensor | None = None  # bool per entry: was it there?
+        if saved.mask is not None:
+            shape = (self.plan.numels[tensor],)
+            before = functional.unpack_mask(saved.mask.to(self.device), shape)
+            if packed is None:
+                known, source = before, torch.ones(int(before.sum()), dtype=torch.bool, device=self.device)
+            else:
+                now = functional.unpack_mask(packed.to(self.device), shape)
+                known, source = before[now], now[before]
         values = self._master_as_kept(tensor, values, known, source)
         for name in self.PER_ENTRY:
             if name not in values or name == "cohorts":
@@ -295,12 +303,14 @@ class Arena:
         self, tensor: int, values: dict[str, Tensor], known: Tensor | None, source: Tensor | None
     ) -> dict[str, Tensor]:
         """Turns master weights saved as residual into a copy, or the other way round, where this arena keeps the other."""
-        weights, values = self.values(tensor), dict(values)
+        values = dict(values)
         if self.master is not None and "residual" in values:
+            weights = self.values(tensor)
             rest = torch.zeros_like(weights, dtype=torch.int16)
             _put(rest, values.pop("residual"), known, source)
             self.master[self.plan.arena(tensor)] = join_master(weights, rest)
         elif self.residual is not None and "master" in values:
+            weights = self.values(tensor)
             master = weights.float()
             _put(master, values.pop("master"), known, source)
             rounded, rest = split_master(master, self.dtype)

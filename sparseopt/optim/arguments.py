@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseopt.masks.maskset import MaskSet
 
-__all__ = ["check_dtypes", "check_hyperparameters", "refuse_shared_storage", "resolve_masks"]
+__all__ = ["check_dtypes", "check_hyperparameters", "new_masks", "refuse_shared_storage", "resolve_masks"]
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:
@@ -105,3 +105,20 @@ def resolve_masks(
 def _some(names: Sequence[str], limit: int = 5) -> str:
     shown = ", ".join(repr(n) for n in names[:limit])
     return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
+def new_masks(masks: MaskSet | Mapping[str, Tensor], params: Mapping[str, Tensor]) -> MaskSet:
+    """Masks that replace those of some of the optimizer's parameters.
+
+    Raises:
+        ValueError: one is for another parameter or another shape.
+    """
+    given = masks if isinstance(masks, MaskSet) else MaskSet.from_bool(masks)
+    for name in given.names:
+        if name not in params:
+            raise ValueError(f"a mask came for {name!r}, which is not among the optimizer's parameters.")
+        if given.shapes[name] != tuple(params[name].shape):
+            raise ValueError(
+                f"the mask of {name!r} has shape {given.shapes[name]}, the parameter {tuple(params[name].shape)}."
+            )
+    return given

@@ -101,7 +101,7 @@ def load_state_dict(optimizer: SparseAdamW, given: dict[str, Any]) -> None:
                 "on the optimizer to take the saved one."
             )
         current.update(masks)
-    optimizer._arenas, optimizer._slots = [], {}
+    optimizer._arenas, optimizer._slots, optimizer._known = [], {}, {}
     optimizer._masks, optimizer._saved, optimizer._dirty = current, saved, True
     optimizer.state.clear()
     if optimizer._capture is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparseopt.masks.maskset import MaskSet, normalize_name
-from sparseopt.optim import checkpoint, stepping, weights
+from sparseopt.optim import arguments, checkpoint, stepping, weights
 from sparseopt.optim.arena import Arena, Saved
 from sparseopt.optim.arguments import check_dtypes, check_hyperparameters, refuse_shared_storage, resolve_masks
 from sparseopt.optim.capture import GradientCapture
@@ -111,6 +111,10 @@ class SparseAdamW(Optimizer):
         # What the next build uses: packed masks by name (None: all active) and state by name.
         self._masks = {}
         self._saved: dict[str, Saved] = {}
+        # Packed masks that update_masks() was given and that are in force: what the next change starts from.
+        self._known: dict[str, Tensor | None] = {}
+        # Packed masks that are being replaced, while update_masks() works.
+        self._changing: dict[str, Tensor] = {}
         self._dirty = True
         self._glance: list[tuple[int, int, int, bool]] = []
         # What the arenas were built for: amsgrad, and (id, group, device, dtype) of every parameter.
@@ -164,8 +168,9 @@ class SparseAdamW(Optimizer):
 
     def _current_masks(self) -> dict[str, Tensor | None]:
         """Packed mask of every parameter by name, None where all is active."""
-        built = {name: arena.packed_mask(t) for arena in self._arenas for t, name in enumerate(arena.names)}
-        return {**built, **self._masks}
+        given = {**self._known, **self._masks}
+        built = {n: arena.packed_mask(t) for arena in self._arenas for t, n in enumerate(arena.names) if n not in given}
+        return {**built, **given}
 
     @property
     def masks(self) -> MaskSet:
@@ -198,8 +203,8 @@ class SparseAdamW(Optimizer):
         if not self._dirty and built == self._built:
             return
         refuse_shared_storage((name, param) for name, param, _ in layout)
-        masks = self._current_masks()
         saved = {**self._extract(), **self._saved}
+        masks = self._current_masks()
         buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, (_, param, _) in enumerate(layout):
             buckets.setdefault((param.device, param.dtype), []).append(i)
@@ -213,7 +218,7 @@ class SparseAdamW(Optimizer):
             )  # fmt: skip
             for t, name in enumerate(names):
                 if name in saved:
-                    arena.adopt(t, saved[name])
+                    arena.adopt(t, saved[name], masks[name])
                 slots[params[t]] = (arena, t)
             arenas.append(arena)
         self._arenas, self._slots, self._masks, self._saved, self._dirty = arenas, slots, {}, {}, False
@@ -226,12 +231,11 @@ class SparseAdamW(Optimizer):
             self._capture.restore(pending)
 
     def _extract(self) -> dict[str, Saved]:
-        """The state as it stands, by name; positions only where a new mask is waiting."""
+        """The state as it stands, by name; with the mask it is for where a new one is waiting."""
         result = {}
         for arena in self._arenas:
             for t, name in enumerate(arena.names):
-                positions = arena.plan.positions(t) if name in self._masks else None
-                result[name] = Saved(arena.state(t), positions)
+                result[name] = Saved(arena.state(t), self._changing.get(name))
         return result
 
     # ---- the step ------------------------------------------------------------------------------------------------------
@@ -331,20 +335,23 @@ class SparseAdamW(Optimizer):
             raise RuntimeError(
                 "update_masks() between backward() and step() would lose captured gradients: call it after step()."
             )
-        self._build()
+        if self._arenas:
+            self._build()
         params = {name: param for name, param, _ in self._layout()}
-        given = masks if isinstance(masks, MaskSet) else MaskSet.from_bool(masks)
-        for name in given.names:
-            if name not in params:
-                raise ValueError(f"a mask came for {name!r}, which is not among the optimizer's parameters.")
-            if given.shapes[name] != tuple(params[name].shape):
-                raise ValueError(
-                    f"the mask of {name!r} has shape {given.shapes[name]}, the parameter {tuple(params[name].shape)}."
-                )
-        self._left.before_update(self, given)
+        given = arguments.new_masks(masks, params)
+        if not self._arenas:  # nothing is allocated yet, and need not be for masks that will not be used
+            self._masks.update({name: given.packed(name) for name in given.names})
+            return
+        everything = MaskSet.full_like({name: params[name] for name in given.names})
+        for name, bits in self._current_masks().items():
+            if name in given:
+                self._changing[name] = everything.packed(name) if bits is None else bits
+        self._left.before_update(self, given, self._changing)
         self._masks = {name: given.packed(name) for name in given.names}
         self._dirty = True
         self._build()
+        self._known.update({name: given.packed(name) for name in given.names})
+        self._changing = {}
         for arena in self._arenas:
             self._left.take_back(arena)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sparseopt import functional
 from sparseopt.deltas.delta import INT32_NUMEL, Delta
 
 if TYPE_CHECKING:
@@ -46,11 +47,13 @@ class Follower:
             kept = self.active[arena.names[t]] = (arena.plan, arena.plan.positions(t).to(dtype))
         return kept[1]
 
-    def drop(self, name: str, old: Tensor, new: Tensor) -> None:
-        """``old`` positions were active; ``new`` ones will be."""
-        earlier = self.left.get(name, old[:0]).to(old.device)
-        together = torch.cat([earlier, old]).unique()
-        self.left[name] = together[~contains(new, together)]
+    def drop(self, name: str, gone: Tensor, new: Tensor) -> None:
+        """Positions ``gone`` (sorted, int64) leave the mask, which will be ``new`` (packed, on the CPU)."""
+        earlier = self.left.get(name)
+        if earlier is not None and earlier.numel():
+            still = ~functional.unpack_mask(new.to(earlier.device), (8 * new.numel(),))[earlier]
+            gone = torch.cat([earlier[still], gone.to(earlier.device)]).sort().values
+        self.left[name] = gone
 
     def looked(self) -> None:
         self.left.clear()
@@ -86,21 +89,25 @@ class LeftEntries:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, followers=weakref.WeakSet())
 
-    def before_update(self, optimizer: SparseAdamW, masks: MaskSet) -> None:
-        """Remembers what the new masks drop, and hands base values back to entries that return."""
+    def before_update(self, optimizer: SparseAdamW, masks: MaskSet, old: Mapping[str, Tensor]) -> None:
+        """Remembers what the new masks drop from the ``old`` ones (packed), with its base values."""
         self.mask_changes += 1
         for arena in optimizer._arenas:
             for t, name in enumerate(arena.names):
                 if name not in masks:
                     continue
-                old, new = arena.plan.positions(t), masks.indices(name).long().to(arena.device)
+                new, numel = masks.packed(name), arena.params[t].numel()
+                # Where the bits are, on the CPU: a change moves few entries.
+                gone = functional.mask_indices(old[name] & ~new, numel).long().to(arena.device)
                 for follower in (self.export, *self.followers):
-                    follower.drop(name, old, new)
+                    follower.drop(name, gone, new)
                 if arena.base is not None:
-                    dropped = old[~contains(new, old)]
-                    positions, values = self.base.get(name, (dropped[:0], arena.base[:0]))
-                    base = arena.base[arena.plan.arena(t)][~contains(new, old)]
-                    merged, order = torch.cat([positions, dropped]).sort()
+                    active, stays = (
+                        functional.unpack_mask(bits.to(arena.device), (numel,)) for bits in (old[name], new)
+                    )
+                    positions, values = self.base.get(name, (gone[:0], arena.base[:0]))
+                    base = arena.base[arena.plan.arena(t)][~stays[active]]
+                    merged, order = torch.cat([positions, gone]).sort()
                     self.base[name] = (merged, torch.cat([values, base])[order])
 
     def after_load(self, changes: int | None, same_masks: bool) -> None:

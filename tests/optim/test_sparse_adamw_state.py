@@ -161,6 +161,25 @@ def test_update_masks_keeps_survivors_and_starts_new_entries_fresh() -> None:
     assert torch.equal(param, again)
 
 
+def test_masks_may_change_before_anything_is_allocated() -> None:
+    params = make_params()
+    opt = so.SparseAdamW(params.items(), lr=1e-2)
+    masks = random_masks(0.25, seed=5)
+    opt.update_masks(masks)
+    assert not opt.state
+    assert opt.masks == so.MaskSet.from_bool(masks)
+    assert opt.active_parameters == sum(int(mask.sum()) for mask in masks.values())
+    start = {n: p.detach().clone() for n, p in params.items()}
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    for n, p in params.items():
+        assert torch.equal(p.detach() != start[n], masks[n])
+    assert opt.state_dict()["sparseopt"]["mask_changes"] == 0
+    with pytest.raises(ValueError, match="not among the optimizer's parameters"):
+        so.SparseAdamW(params.items()).update_masks({"other": torch.ones(3, dtype=torch.bool)})
+
+
 def test_base_weights_swaps_the_model_before_training_in_and_out() -> None:
     params, masks = make_params(torch.bfloat16), random_masks(0.5)
     start = {n: p.detach().clone() for n, p in params.items()}

@@ -1,0 +1,382 @@
+"""DynamicSparsity: masks that change while a SparseAdamW trains, whatever trains it.
+
+    engine = DynamicSparsity(model, total_steps=1000, sparsity=0.8)
+    optimizer = SparseAdamW(model.named_parameters(), masks=engine.masks, unmasked="dense")
+    engine.start(optimizer)
+    for step in range(1, 1001):
+        engine.begin_step(step)
+        ...forward, backward, optimizer.step(), optimizer.zero_grad()...
+        engine.update(step)
+
+Growth needs the gradient of inactive entries: hooks add it up in fp32 over the micro-batches of a step, 4 bytes an entry,
+and only in steps that end with an update. Decisions depend on weights, gradients, seed and step alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseopt import functional
+from sparseopt.masks.apply import zero_inactive
+from sparseopt.masks.maskset import MaskSet
+from sparseopt.optim.dynamic.criteria import Criterion, check_criterion, is_pruning_method, keep_scores
+from sparseopt.optim.dynamic.distribution import DISTRIBUTIONS, global_counts, proportional_counts
+from sparseopt.optim.dynamic.first import first_masks, layer_counts
+from sparseopt.optim.dynamic.layers import Layer, find_layers
+from sparseopt.optim.dynamic.patterns import parse_pattern
+from sparseopt.optim.dynamic.policy import Plan, SparsitySchedule, random_scores
+from sparseopt.optim.sparse_adamw import SparseAdamW
+
+__all__ = ["DynamicSparsity"]
+
+# What a resumed training must not change: it would no longer be the same training.
+SETTINGS = ("policy", "pattern", "target", "dropped", "distribution", "interval", "fraction", "seed")
+
+
+class DynamicSparsity:
+    """Chooses, and goes on choosing, the active entries of a model's linear layers.
+
+    Attributes:
+        layers: the layers that are made sparse; all other parameters are none of this object's concern.
+        plan: when and how much.
+        pattern: where active entries may lie.
+        masks: the masks in force, of ``layers``.
+        history: one record per update: ``step``, ``sparsity``, ``active``, ``dropped``, ``grown`` (entries), ``churn``
+            (entries that changed, as a share of those active before and after), ``regrown`` (share of the grown entries
+            that had been active before) and ``inactive_grad_norm`` (None where no gradient was needed).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        total_steps: int,
+        sparsity: float | None = None,
+        pattern: str = "unstructured",
+        policy: str = "rigl",
+        interval: int = 100,
+        fraction: float = 0.3,
+        target: str = "weights",
+        dropped: str = "keep",
+        distribution: str = "uniform",
+        exclude: str | Iterable[str] = (),
+        criterion: Criterion = None,
+        sparsity_schedule: SparsitySchedule | None = None,
+        initial_sparsity: float = 0.0,
+        initial: str | MaskSet | None = None,
+        end: float = 0.75,
+        seed: int = 0,
+        watch_gradients: bool = False,
+    ) -> None:
+        """Chooses the first masks; the model is not touched before :meth:`start`.
+
+        Args:
+            model: with linear layers (or transformers' Conv1D).
+            total_steps: optimizer steps of the training.
+            sparsity: share of inactive entries, [0, 1), over the layers that are made sparse; default 0.5. N:M has its own.
+            pattern: ``"unstructured"``, or ``"N:M"``: N of every M neighbours along the input dimension.
+            policy: ``"rigl"``, ``"set"``, ``"gradual"`` or ``"static"`` (:mod:`sparseopt.optim.dynamic.policy`).
+            interval: steps between two updates.
+            fraction: share of the active entries exchanged at first; it decays with a cosine.
+            target: ``"weights"``: inactive weights are 0, a grown one starts there. ``"updates"``: the model stays as it
+                is, and active entries are those that train.
+            dropped: under ``"updates"``, an entry that leaves keeps its value (``"keep"``) or goes back to what it was
+                before training (``"rewind"``).
+            distribution: ``"uniform"``, ``"erk"`` or ``"global"``.
+            exclude: patterns of parameter names that are left alone.
+            criterion: see :func:`~sparseopt.optim.dynamic.criteria.keep_scores`; in place of |w|.
+            sparsity_schedule: ``(step, total_steps) -> sparsity``, asked for the first masks (step 0) and at updates, which
+                then go on to the end of training.
+            initial_sparsity: where ``"gradual"`` begins.
+            initial: first masks: ``"magnitude"``, ``"random"``, ``"criterion"`` (a score function gets no gradient then),
+                or a MaskSet, whose counts stay. Default: a pruning method as criterion, else magnitude.
+            end: share of the training after which nothing is exchanged.
+            seed: of random masks and random growth.
+            watch_gradients: measure ``inactive_grad_norm`` where growth needs no gradient, too.
+
+        Raises:
+            ValueError: numbers out of range, unknown names, an input dimension that M does not divide, ...
+        """
+        if target not in ("weights", "updates"):
+            raise ValueError(f"target must be 'weights' or 'updates', got {target!r}.")
+        if dropped not in ("keep", "rewind"):
+            raise ValueError(f"dropped must be 'keep' or 'rewind', got {dropped!r}.")
+        if dropped == "rewind" and target == "weights":
+            raise ValueError("dropped='rewind' is for target='updates': under target='weights' dropped weights are 0.")
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(f"the distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}.")
+        self.pattern = parse_pattern(pattern)
+        if self.pattern.sparsity is not None:
+            if distribution != "uniform":
+                raise ValueError(f"pattern {pattern} is uniform by itself; distribution={distribution!r} does not fit.")
+            if sparsity not in (None, self.pattern.sparsity) and sparsity_schedule is None:
+                raise ValueError(f"pattern {pattern} means a sparsity of {self.pattern.sparsity:g}, got {sparsity!r}.")
+            sparsity = self.pattern.sparsity
+        sparsity = 0.5 if sparsity is None else sparsity
+        self.plan = Plan(policy, total_steps, interval, fraction, sparsity, initial_sparsity, end, sparsity_schedule)
+        check_criterion(criterion)
+        self.target, self.dropped, self.distribution, self.seed = target, dropped, distribution, seed
+        self.criterion, self.watch_gradients = criterion, watch_gradients
+        self.layers = find_layers(model, exclude)
+        for layer in self.layers:
+            self.pattern.check(layer)
+        self.history: list[dict[str, Any]] = []
+        self._accumulated: dict[str, Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._optimizer: SparseAdamW | None = None
+        self._warned = False
+        self.masks = first_masks(self.layers, self.plan, self.pattern, self.distribution, criterion, initial, seed)
+        # Entries that were active once and then dropped, packed by name.
+        self._left = {name: torch.zeros_like(self.masks.packed(name)) for name in self.masks.names}
+        self._resume_fingerprint: str | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of inactive entries over the layers."""
+        return self.masks.sparsity
+
+    def _counts(self, sparsity: float, scores: Callable[[int], Tensor]) -> list[int]:
+        return layer_counts(self.layers, self.pattern, self.distribution, sparsity, scores)
+
+    # ---- beginning -------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def start(self, optimizer: SparseAdamW, resume: bool = False) -> None:
+        """Takes over an optimizer's masks of these layers; under ``target="weights"`` inactive weights become 0.
+
+        Args:
+            optimizer: before its first step, or with loaded state (``adopt_masks``).
+            resume: go on with the masks that the optimizer has; :meth:`load_state_dict` came before, or history begins anew.
+
+        Raises:
+            ValueError: a layer that the optimizer does not train, or whose base values it lacks.
+        """
+        trained = {name for name, _, _ in optimizer._layout()}
+        for layer in self.layers:
+            if layer.name not in trained or not layer.param.requires_grad:
+                raise ValueError(f"{layer.name!r} is not trained by the optimizer: exclude it, or do not freeze it.")
+        optimizer.adopt_masks = True
+        if resume:
+            self.masks = optimizer.masks.select(self.masks.names)
+            if self._resume_fingerprint not in (None, self.masks.fingerprint):
+                raise ValueError("the optimizer's masks are not those that the state of DynamicSparsity belongs to.")
+        else:
+            optimizer.update_masks(self.masks)
+            if self.dropped == "rewind":
+                with optimizer.base_weights():  # from now on the optimizer keeps them
+                    pass
+        if self.dropped == "rewind" and any("base" not in optimizer.state[layer.param] for layer in self.layers):
+            raise ValueError("dropped='rewind' needs base values, which the optimizer's loaded state does not have.")
+        if self.target == "weights":
+            for layer in self.layers:
+                zero_inactive(layer.param, self.masks.packed(layer.name))
+        self._optimizer = optimizer
+
+    # ---- gradients -------------------------------------------------------------------------------------------------------
+    def needs_gradients(self, step: int) -> bool:
+        """Whether the update after a step asks for dense gradients."""
+        if not self.plan.updates(step):
+            return False
+        scored = self.criterion is not None and not is_pruning_method(self.criterion)
+        grows = self.plan.exchange(step) > 0 or self._denser(step)
+        return self.watch_gradients or scored or (self.plan.growth == "gradient" and grows)
+
+    def _denser(self, step: int) -> bool:
+        return self.plan.schedule is not None and self.plan.sparsity_at(step) < self.sparsity
+
+    def begin_step(self, step: int, hooks: bool = True) -> None:
+        """Before the first forward of an optimizer step (counted from 1).
+
+        Args:
+            step: the step that begins.
+            hooks: collect gradients as backward produces them. Where these are not the final ones (a distributed run
+                averages them later), say False and call :meth:`take_gradients` once they are.
+        """
+        self.close()
+        if hooks and self.needs_gradients(step):
+            for layer in self.layers:
+                self._handles.append(layer.param.register_hook(self._hook(layer.name)))
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            self._add(name, gradient)
+
+        return hook
+
+    @torch.no_grad()
+    def _add(self, name: str, gradient: Tensor) -> None:
+        before = self._accumulated.get(name)
+        if before is None:
+            self._accumulated[name] = gradient.detach().to(torch.float32, copy=True)
+        else:
+            before.add_(gradient.detach())
+
+    def take_gradients(self, step: int) -> None:
+        """Before the optimizer's step: takes what is in ``.grad``, if the step ends with an update that needs it."""
+        if self.needs_gradients(step):
+            self.close()
+            for layer in self.layers:
+                if layer.param.grad is not None:
+                    self._add(layer.name, layer.param.grad)
+
+    def close(self) -> None:
+        """Removes the hooks and forgets the gradients."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._accumulated.clear()
+
+    # ---- updates ---------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def update(self, step: int) -> dict[str, Any] | None:
+        """After the optimizer's step: changes the masks if it is time to.
+
+        Returns:
+            The record that was added to ``history``; None where this step ends with no update.
+
+        Raises:
+            RuntimeError: :meth:`start` was not called, or no gradient came since :meth:`begin_step`.
+        """
+        if self._optimizer is None:
+            raise RuntimeError("DynamicSparsity.update() before start(): call start(optimizer) first.")
+        if not self.plan.updates(step):
+            return None
+        gradients = self.needs_gradients(step)
+        if gradients and not self._accumulated:
+            raise RuntimeError(f"no gradient was seen in step {step}: call begin_step({step}) before its backward().")
+        sparsity, fraction = self.plan.sparsity_at(step), self.plan.exchange(step)
+        counts = self._next_counts(sparsity)
+        record: dict[str, Any] = {"step": step, "dropped": 0, "grown": 0}
+        before, returned = self.masks.active_parameters, 0
+        squares: list[Tensor] = []
+        packed: dict[str, Tensor] = {}
+        for layer, after in zip(self.layers, counts, strict=True):
+            mask = self.masks[layer.name].to(layer.param.device)
+            gradient = self._gradient(layer, step) if gradients else None
+            if gradient is not None:
+                squares.append(gradient.masked_fill(mask, 0).square().sum())
+            leaves, comes = self._move(layer, mask, gradient, step, fraction, after)
+            self._write(layer, mask, leaves)
+            packed[layer.name] = functional.pack_mask((mask & ~leaves) | comes).cpu()
+            left, came, gone = self._left[layer.name], functional.pack_mask(comes).cpu(), functional.pack_mask(leaves)
+            returned += int(functional.popcount(left & came))
+            record["grown"] += int(functional.popcount(came))
+            record["dropped"] += int(functional.popcount(gone))
+            self._left[layer.name] = left | gone.cpu()
+        self.close()
+        self.masks = MaskSet(packed, self.masks.shapes, copy_bits=False)
+        if record["dropped"] or record["grown"]:
+            self._optimizer.update_masks(self.masks)
+        after_all = self.masks.active_parameters
+        record |= {
+            "active": after_all,
+            "sparsity": self.sparsity,
+            "churn": (record["dropped"] + record["grown"]) / (before + after_all),
+            "regrown": returned / record["grown"] if record["grown"] else 0.0,
+            "inactive_grad_norm": float(torch.stack([s.cpu() for s in squares]).sum().sqrt()) if squares else None,
+        }
+        self.history.append(record)
+        return record
+
+    def _next_counts(self, sparsity: float) -> list[int]:
+        """Active entries of each layer after an update: as they are, unless the sparsity changes."""
+        now = [self.masks.count(layer.name) for layer in self.layers]
+        if self.plan.schedule is None and self.plan.policy != "gradual":
+            return now
+        if self.distribution != "global":
+            return self._counts(sparsity, lambda i: torch.empty(0))
+        sizes = [layer.numel for layer in self.layers]
+        total = max(len(sizes), round((1 - sparsity) * sum(sizes)))
+        if total >= sum(now):
+            return proportional_counts(sizes, total, [float(count) for count in now]) if total > sum(now) else now
+
+        def scores(i: int) -> Tensor:
+            layer = self.layers[i]
+            mask = self.masks[layer.name].to(layer.param.device)
+            gradient = self._accumulated.get(layer.name)
+            keep = keep_scores(self.criterion, layer, mask, gradient, round((1 - total / sum(now)) * now[i]))
+            return torch.where(mask, keep, -torch.inf)
+
+        return global_counts(self.layers, total, scores)
+
+    def _gradient(self, layer: Layer, step: int) -> Tensor:
+        gradient = self._accumulated.pop(layer.name, None)
+        if gradient is None:  # the layer took no part in this step
+            return torch.zeros(layer.shape, device=layer.param.device)
+        finite = gradient.isfinite()
+        if not bool(finite.all()):
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"gradients of {layer.name!r} in step {step} are not finite: they count as 0.", stacklevel=4
+                )
+            gradient = gradient.where(finite, 0)
+        return gradient
+
+    def _move(self, layer: Layer, mask: Tensor, gradient: Tensor | None, step: int, fraction: float,
+              after: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+        before = self.masks.count(layer.name)
+        swaps = self.pattern.swaps(layer, fraction, before, after)
+        if not swaps and before == after:
+            nothing = torch.zeros_like(mask)
+            return nothing, nothing
+        grow = None
+        if swaps or after > before:
+            if self.plan.growth == "random":
+                grow = random_scores(layer.shape, self.seed, step, layer.name).to(mask.device)
+            else:
+                assert gradient is not None
+                grow = gradient.abs()
+        keep = keep_scores(self.criterion, layer, mask, gradient, swaps + max(0, before - after))
+        return self.pattern.move(layer, mask, keep, grow, swaps, after)
+
+    def _write(self, layer: Layer, mask: Tensor, leaves: Tensor) -> None:
+        """What becomes of the weights that leave, in place and through the version counter."""
+        if self.target == "weights":
+            layer.param.masked_fill_(leaves, 0)
+        elif self.dropped == "rewind":
+            assert self._optimizer is not None
+            base = self._optimizer.state[layer.param]["base"]  # of the active entries, by flat index
+            layer.param[leaves] = base[leaves[mask]]
+
+    # ---- saving and loading ----------------------------------------------------------------------------------------------
+    def _settings(self) -> dict[str, Any]:
+        values = {
+            "pattern": str(self.pattern),
+            **{key: getattr(self.plan, key) for key in ("policy", "interval", "fraction")},
+        }
+        return {key: values.get(key, getattr(self, key, None)) for key in SETTINGS}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives: history, and which entries had been active before. Masks are in the optimizer's state."""
+        return {
+            "settings": self._settings(),
+            "history": [dict(record) for record in self.history],
+            "masks": self.masks.fingerprint,
+            "left": {name: bits.clone() for name, bits in self._left.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from :meth:`state_dict`; ``start(optimizer, resume=True)`` follows.
+
+        Raises:
+            ValueError: it belongs to other layers or settings.
+        """
+        for key, mine in self._settings().items():
+            theirs = state["settings"].get(key)
+            if theirs != mine:
+                raise ValueError(f"the training to continue had {key}={theirs!r}, this one has {mine!r}.")
+        left = state["left"]
+        if left.keys() != self._left.keys():
+            odd = sorted(left.keys() ^ self._left.keys())[0]
+            raise ValueError(
+                f"the saved state and the model do not have the same sparse layers: {odd!r} is in one only."
+            )
+        checked = MaskSet(left, {name: self.masks.shapes[name] for name in left})
+        self._left = {name: checked.packed(name) for name in self._left}
+        self.history = [dict(record) for record in state["history"]]
+        self._resume_fingerprint = state["masks"]
