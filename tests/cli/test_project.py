@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +340,21 @@ def test_a_folder_of_other_settings_is_refused(text: str, tmp_path: Path) -> Non
     result = invoke(*arguments, "--batch_size", "1")
     assert result.exit_code == 1
     assert "other settings: batch_size is 2 there, 1 here." in result.output
+
+
+def test_launch_script_hands_its_arguments_on() -> None:
+    script = Path(__file__).resolve().parents[2] / "configs" / "train.sh"
+    if not script.is_file():
+        pytest.skip("no source tree")
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=60)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    helped = subprocess.run(
+        [script, "--batch_size", "2", "--max_samples", "1000", "--help"],
+        capture_output=True, text=True, timeout=60, check=True, env=environment,
+    )  # fmt: skip
+    assert "--proj_rank_total" in helped.stdout
+    wrong = subprocess.run(
+        [script, "--no_such"], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+    assert wrong.returncode == 2
+    assert "--no_such" in wrong.stderr
