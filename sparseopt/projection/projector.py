@@ -79,8 +79,9 @@ class GradientProjector:
             method: "gaussian", "rademacher" or "row_orthonormal".
             include_biases: project the biases of the chosen layers too.
             shape_rule: "square" (k_i = k_o) or "aspect" (k_i / k_o = d_out / d_in).
-            sketch: K for the two-stage sketch: K x K values inside, folded to ``rank_total`` by a count sketch. More
-                accurate for the same number of values, and more work.
+            sketch: K for the two-stage sketch: K x K values inside, folded to ``rank_total`` by a count sketch. More work,
+                and more accurate: with K = 128 and 256 values the relative error of a layer's squared norm is 20% in place of
+                50% for rank-1 gradients, 14% in place of 33% for 64 tokens of text (``benchmarks.projection_accuracy``).
 
         Raises:
             ValueError: a pattern without a layer, an unknown name, or a number out of range.

@@ -29,7 +29,7 @@ def keep(given: list[Any]) -> Any:
     return main
 
 
-@pytest.mark.parametrize("command", ["dpo", "grpo", "lm", "optimizer", "masks", "report"])
+@pytest.mark.parametrize("command", ["dpo", "grpo", "lm", "optimizer", "masks", "projection", "report"])
 def test_help_is_lean_and_has_an_example(command: str) -> None:
     code = (
         "import sys, atexit\n"
@@ -97,8 +97,32 @@ def test_defaults_are_those_of_the_module(monkeypatch: pytest.MonkeyPatch) -> No
     assert parse(given[0][0])[0] == parse(["--shape", "tiny"])[0]
 
 
+def test_flags_of_projection_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseopt.benchmarks import projection
+
+    given: list[Any] = []
+    monkeypatch.setattr(projection, "main", keep(given))
+    result = invoke(
+        "projection", "--shape", "tiny", "--batch_size", "2", "--seq", "8", "--layers", "mlp", "--rank-total", "16", "--dtype",
+        "float32", "--mode", "eager", "compiled", "--arms", "plain", "naive hooks", "sparseopt", "--rounds", "3", "--device",
+        "cpu", "--output", "out folder", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    ((arguments, prog),) = given
+    assert prog == "sparseopt bench projection"
+    assert vars(projection.parser(prog).parse_args(arguments)) == {
+        "shape": "tiny", "model": None, "batch": 2, "seq": 8, "layers": "mlp", "rank_total": 16, "dtype": "float32",
+        "mode": ["eager", "compiled"], "arms": ["plain", "naive hooks", "sparseopt"], "rounds": 3, "device": "cpu",
+        "output": Path("out folder"), "json": True,
+    }  # fmt: skip
+    assert invoke("projection", "--model", "smollm2").exit_code == 0
+    assert projection.parser(prog).parse_args(given[1][0]) == projection.parser(prog).parse_args(["--model", "smollm2"])
+
+
 def test_bad_usage() -> None:
     wrong = (
+        ["projection"], ["projection", "--shape", "tiny", "--model", "smollm2"],
+        ["projection", "--shape", "tiny", "--arms", "sparseopt"], ["projection", "--shape", "tiny", "--mode", "fast"],
         ["lm"], ["dpo"], ["lm", "--shape", "tiny", "--model", "smollm2"], ["lm", "--shape", "gpt9"],
         ["lm", "--model", "smollm2", "--subset_size", "3"], ["dpo", "--shape", "tiny", "--data", "x.jsonl"],
     )  # fmt: skip

@@ -34,11 +34,17 @@ HELP = [
     ["deltas", "patch"],
     ["deltas", "push"],
     ["bench", "dpo"],
+    ["bench", "projection"],
     ["plan"],
     ["runs", "list"],
     ["runs", "show"],
     ["sweep", "run"],
     ["sweep", "status"],
+    ["project"],
+    ["project", "run"],
+    ["project", "full-grads"],
+    ["project", "plot-error"],
+    ["project", "query"],
 ]
 
 
@@ -120,7 +126,7 @@ def test_help_is_quick_and_lean(command: list[str]) -> None:
         times.append(processor_seconds() - start)
     assert result.returncode == 0, result.stderr
     assert "HEAVY []" in result.stdout
-    if command not in (["train"], ["masks"]):
+    if command not in (["train"], ["masks"], ["project"]):
         assert "Example:\n" in result.stdout
         assert "sparseopt " + " ".join(command[:2]) in result.stdout.split("Example:")[1]
     assert min(times) < 0.5, times

@@ -1,0 +1,220 @@
+"""sparseopt's projections beside dattri's LoGra: same model, batch and values per layer; speed, memory and accuracy.
+
+    pip install dattri && python -m sparseopt.benchmarks.projection_peers --shape llama-3.2-1b --batch 8 --seq 1024
+
+LoGra is called as its attributor does: model.forward patched by its HookManager, compressors of proj_type "normal", the batch's
+loss from whole logits, parameters as they come. Arms run in turns, each on its own copy of the model. The Gram error is the
+Frobenius norm of (Gram matrix of a batch's projections - that of its exact gradients of the same layers) over that of the latter,
+the mean over seeds of the matrices; "scaled" is after the best common factor, for a peer with another scale. dattri projects
+nn.Linear only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import sparseopt as so
+from sparseopt._files import atomic_write
+from sparseopt.benchmarks import train_results
+from sparseopt.benchmarks.projection import WARM_UP, check
+from sparseopt.progress import Progress, announce_device
+
+__all__ = ["gram_errors", "main", "measure"]
+
+Pass = Callable[[], Tensor]
+
+
+def sample_losses(model: Any, tokens: Tensor) -> Tensor:
+    """Mean loss of each sample, from whole logits."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    return losses.view(len(tokens), -1).mean(1)
+
+
+def plain(model: Any, tokens: Tensor, settings: dict[str, Any], seed: int) -> Pass:
+    """An ordinary forward and backward pass; nothing is projected."""
+
+    def run() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        sample_losses(model, tokens).mean().backward()
+        return torch.empty(0)
+
+    return run
+
+
+def ours(model: Any, tokens: Tensor, settings: dict[str, Any], seed: int) -> Pass:
+    projector = so.GradientProjector(model, settings["layers"], settings["rank_total"], seed=seed, dtype="float32")
+    projector.__enter__()  # for good: the model is this arm's own copy, and the peer's stays patched too
+
+    def run() -> Tensor:
+        projector.losses(tokens).sum().backward()
+        return projector.collect()
+
+    return run
+
+
+def logra(model: Any, tokens: Tensor, settings: dict[str, Any], seed: int) -> Pass:
+    from dattri.algorithm.block_projected_if.core.compressor import setup_model_compressors
+    from dattri.algorithm.block_projected_if.core.hook import HookManager
+
+    names = [
+        layer.modules[0] for layer in so.GradientProjector(model, settings["layers"], settings["rank_total"]).layers
+    ]
+    device, side = str(tokens.device), round(settings["rank_total"] ** 0.5)
+    common = {"device": device, "proj_max_batch_size": 64, "proj_seed": seed}
+    compressors = setup_model_compressors(
+        model, names, sparsifier_kwargs={**common, "proj_dim": side, "proj_type": "normal"},
+        projector_kwargs={**common, "proj_dim": -1, "proj_type": "identity"}, sample_inputs={"input_ids": tokens}, device=device,
+    )  # fmt: skip
+    hooks = HookManager(model, names, device=device)
+    hooks.set_compressors(compressors)
+
+    def run() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        sample_losses(model, tokens).sum().backward()
+        return torch.cat([values.flatten(1).float() for values in hooks.get_compressed_grads()], 1)
+
+    return run
+
+
+ARMS: dict[str, Callable[..., Pass]] = {"plain": plain, "dattri LoGra": logra, "sparseopt": ours}
+
+
+def measure(model: Any, tokens: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+    """Arm -> ``milliseconds`` (median, p20, p80), ``tokens_per_second``, and on a GPU ``peak_bytes`` (weights included)."""
+    device, cuda = tokens.device, tokens.device.type == "cuda"
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    models = {name: copy.deepcopy(model) for name in ARMS}
+    runs = {name: build(models[name], tokens, settings, 42) for name, build in ARMS.items()}
+    times: dict[str, list[float]] = {name: [] for name in ARMS}
+    found: dict[str, Any] = {name: {} for name in ARMS}
+    with Progress("passes", WARM_UP + settings["rounds"], unit="round") as progress:
+        for turn in range(WARM_UP + settings["rounds"]):
+            for name, run in runs.items():
+                models[name].zero_grad(set_to_none=True)
+                before = 0
+                if cuda:
+                    torch.cuda.synchronize(device)
+                    torch.cuda.reset_peak_memory_stats(device)
+                    before = torch.cuda.memory_allocated(device)
+                start = time.perf_counter()
+                run()
+                if cuda:
+                    torch.cuda.synchronize(device)
+                    found[name]["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before + own
+                if turn >= WARM_UP:
+                    times[name].append(1e3 * (time.perf_counter() - start))
+            progress.update()
+    for name, values in times.items():
+        found[name]["milliseconds"] = train_results.quantiles(values)
+        found[name]["tokens_per_second"] = round(1e3 * tokens.numel() / statistics.median(values), 1)
+    return found
+
+
+def gram_errors(
+    model: Any, tokens: Tensor, settings: dict[str, Any], seeds: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Arm -> ``gram_error`` and ``gram_error_scaled``, relative, mean over ``seeds``."""
+    exact = _exact_gram(copy.deepcopy(model), tokens, settings["layers"])
+    found: dict[str, dict[str, float]] = {}
+    for name, build in ARMS.items():
+        if name == "plain":
+            continue
+        raw, scaled = [], []
+        for seed in seeds:
+            rows = build(copy.deepcopy(model), tokens, settings, seed)().double().cpu()
+            gram = rows @ rows.T
+            raw.append(float((gram - exact).norm() / exact.norm()))
+            factor = (gram * exact).sum() / gram.square().sum()
+            scaled.append(float((factor * gram - exact).norm() / exact.norm()))
+        found[name] = {"gram_error": statistics.mean(raw), "gram_error_scaled": statistics.mean(scaled)}
+    return found
+
+
+def _exact_gram(model: Any, tokens: Tensor, layers: str) -> Tensor:
+    parameters = dict(model.named_parameters())
+    names = [f"{layer.name}.weight" for layer in so.GradientProjector(model, layers).layers]
+    rows = []
+    for sample in tokens:
+        gradients = torch.autograd.grad(sample_losses(model, sample[None]).sum(), [parameters[name] for name in names])
+        rows.append(torch.cat([gradient.flatten().float().cpu() for gradient in gradients]))
+    return torch.stack([torch.stack([(a.double() @ b.double()) for b in rows]) for a in rows])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m sparseopt.benchmarks.projection_peers", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--shape", help="llama-3.2-1b, tiny, ...: random weights")
+    parser.add_argument("--model", help="smollm2, a folder or a Hub name")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=1024)
+    parser.add_argument("--layers", default="mlp,attn")
+    parser.add_argument("--rank_total", type=int, default=256, help="a square number")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5, help="of the matrices, for the Gram error")
+    parser.add_argument("--gram_seq", type=int, help="tokens of a sample for the Gram error (default: --seq)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="store JSON there")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
+    if (options.shape is None) == (options.model is None):
+        parser.error("give --shape or --model")
+    if round(options.rank_total**0.5) ** 2 != options.rank_total:
+        parser.error(f"--rank_total must be a square number for LoGra, got {options.rank_total}")
+    if options.batch < 2:
+        parser.error("--batch must be at least 2: a Gram matrix is of several samples")
+    if importlib.util.find_spec("dattri") is None:
+        raise SystemExit("dattri is not installed: there is no peer to compare with (pip install dattri).")
+    device, dtype = announce_device(options.device), getattr(torch, options.dtype)
+    from sparseopt import models
+    from sparseopt.shapes import build_shape
+
+    model: Any = (
+        build_shape(options.shape, device=device, dtype=dtype)
+        if options.shape
+        else models.load_model(options.model, options.dtype, device)
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (options.batch, options.seq), generator=generator).to(device)
+    settings = {"layers": options.layers, "rank_total": options.rank_total, "rounds": options.rounds}
+    worst = check(model, tokens, {**settings, "mode": "eager"})  # refuses to time what is wrong
+    with contextlib.redirect_stdout(sys.stderr):  # the peer talks
+        arms = measure(model, tokens, settings)
+        for name, values in gram_errors(model, tokens[:, : options.gram_seq], settings, range(options.seeds)).items():
+            arms[name] |= values
+    result = {
+        "date": datetime.date.today().isoformat(), "commit": train_results.commit(),
+        "command": shlex.join(["python", "-m", "sparseopt.benchmarks.projection_peers",
+                               *("FILE" if word == str(options.output) else word for word in given)]),
+        "environment": {**train_results.environment(device), "dattri": importlib.metadata.version("dattri")},
+        "largest_relative_error": worst, "arms": arms,
+        "tokens_per_second_ratio": round(
+            arms["sparseopt"]["tokens_per_second"] / arms["dattri LoGra"]["tokens_per_second"], 3
+        ),
+    }  # fmt: skip
+    print(json.dumps(result, indent=1))
+    if options.output is not None:
+        atomic_write(options.output, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

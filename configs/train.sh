@@ -1,0 +1,2 @@
+#!/bin/sh
+exec sparseopt project run "$@"
