@@ -44,6 +44,7 @@ def to_wandb(records: Sequence[Mapping[str, Any]], output_dir: Path, project: st
         ) from error
     output_dir.mkdir(parents=True, exist_ok=True)
     folders = []
+    alone = wandb.run is None
     for record in track(records, "export", unit="run"):
         run = wandb.init(
             project=project,
@@ -60,6 +61,8 @@ def to_wandb(records: Sequence[Mapping[str, Any]], output_dir: Path, project: st
         run.summary.update({**record["metrics"], "status": record["status"]})
         folders.append(Path(run.dir).parent)
         run.finish(exit_code=0 if record["status"] == "finished" else 1)
+    if alone:  # else a run that this process begins later would find the settings of today's environment
+        wandb.teardown()
     return folders
 
 

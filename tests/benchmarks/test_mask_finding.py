@@ -28,6 +28,7 @@ def test_the_synthetic_log_is_a_chain_of_the_share_asked_for(tmp_path: Path) -> 
     assert 0.3 < float((first["a.weight"] != last["a.weight"]).float().mean()) < 0.5
 
 
+@pytest.mark.slow
 def test_bar_on_a_tensor_of_32_mb(tmp_path: Path) -> None:
     found = mask_finding.run({"w": (4096, 4096)}, 2, 0.1, ["momentum"], 0.975, tmp_path)
     assert found["limit_bytes"] == 3 * 2 * 4096 * 4096 + 4096 * 4096 // 8

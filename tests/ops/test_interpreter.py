@@ -28,7 +28,7 @@ LEAST = {
 
 
 # Every op goes through the interpreter among the fast tests (test_registration); whole grids are slow there.
-FAST = ("test_registration", "test_mask_ops", "test_cross_entropy")
+FAST = ("test_registration",)
 
 
 @pytest.mark.parametrize("module", [pytest.param(m, marks=() if m in FAST else pytest.mark.slow) for m in LEAST])

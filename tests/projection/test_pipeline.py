@@ -120,6 +120,7 @@ def test_ctrl_c_keeps_batches_that_wait(source: str, tmp_path: Path, monkeypatch
     assert store_bytes(tmp_path / "run") == store_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed_it_ends_with_the_same_bytes(source: str, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "sparseopt", "project", "run", "--random_weights", "--model", "tiny", "--model_dtype", "float32",

@@ -34,6 +34,7 @@ def settings(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+@pytest.mark.slow
 def test_chain_goes_on_after_a_stop_and_is_whole(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
