@@ -61,6 +61,12 @@ def good(*args: str) -> str:
     return str(result.stdout)
 
 
+def full_grads(text: str, folder: Path) -> tuple[str, ...]:
+    """Exact gradients of four samples."""
+    samples = ("--data", text, "--max_samples", "4", "--train_dtype", "float32")
+    return ("full-grads", *MODEL, *samples, "--output_dir", str(folder))
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Twenty documents of 80 letters."""
@@ -78,18 +84,7 @@ def results(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for rank in ("16", "64"):
         good("run", *MODEL, "--data", text, "--max_samples", "6", "--results_dir", str(folder), "--proj_rank_total", rank,
              "--proj_rank_min", "2", "--proj_dtype", "float32")  # fmt: skip
-    good(
-        "full-grads",
-        *MODEL,
-        "--data",
-        text,
-        "--max_samples",
-        "4",
-        "--train_dtype",
-        "float32",
-        "--output_dir",
-        str(folder),
-    )
+    good(*full_grads(text, folder))
     return folder
 
 
@@ -196,18 +191,7 @@ def test_full_grads(results: Path, text: str) -> None:
         1,
         1,
     )
-    again = (
-        "full-grads",
-        *MODEL,
-        "--data",
-        text,
-        "--max_samples",
-        "4",
-        "--train_dtype",
-        "float32",
-        "--output_dir",
-        str(results),
-    )
+    again = full_grads(text, results)
     assert good(*again) == f"{folder}: 4 samples, {total:,} entries each\n"
     assert json.loads(good(*again, "--json")) == {
         "output_dir": str(folder), "written": 0, "samples": 4, "total_param_dim": total,

@@ -41,6 +41,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
+def cuda() -> torch.device:
+    """For tests that are of a GPU only; they are marked ``gpu``."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda")
+
+
+@pytest.fixture
 def native_only() -> None:
     """For sizes that the interpreter would take minutes for."""
     if INTERPRETED:

@@ -202,13 +202,6 @@ def test_whole_ranges_are_moved_four_entries_at_a_time(
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def cuda() -> torch.device:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device("cuda")
-
-
 @pytest.mark.gpu
 def test_updates_neither_wait_nor_compile_again(cuda: torch.device) -> None:
     import triton

@@ -211,13 +211,6 @@ def test_checked_functions_compile_as_one_graph(device: torch.device, same_bits:
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def cuda() -> torch.device:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device("cuda")
-
-
 @pytest.mark.gpu
 def test_a_step_neither_waits_nor_compiles_again(cuda: torch.device) -> None:
     import triton
