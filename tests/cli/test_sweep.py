@@ -239,11 +239,13 @@ def test_dry_run_and_bad_input(sweep: Sweep) -> None:
     assert "There is no sweep 'twelve'" in call("resume", "twelve").stderr
     assert "There is no sweep 'twelve'" in call("status", "twelve").stderr
     assert "must be a text that can name a file" in call("status", "../x").stderr
-    result = call("run", "none.yaml", str(sweep.folder / "sweep.yaml"))
+    result = call("run", "none.yaml", str(sweep.folder / "sweep.yaml"), "--command", "true {config}")
     assert (result.exit_code, result.stderr) == (1, "Error: There is no configuration file 'none.yaml'.\n")
     for command, sentence in (("", "is empty"), ("'", "cannot be split"), ("true", "The command must hold {config}")):
         result = call(*sweep.run[:3], "--command", command)
         assert (result.exit_code, sentence in " ".join(result.stderr.replace("│", " ").split())) == (2, True)
+    result = call(*sweep.run[:3])
+    assert (result.exit_code, "--command is needed" in " ".join(result.stderr.split())) == (2, True)
     sweep.write("p.a: [1]")
     result = call(*sweep.run[:3], "--command", "no-such-program {config}")
     assert result.exit_code == 1
