@@ -138,31 +138,43 @@ def _recorded(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def check(model: Any, tokens: Tensor, settings: dict[str, Any]) -> float:
-    """Largest relative error of a sample's layer against its exact gradient, projected; stops the program above the bound."""
+def check(model: Any, tokens: Tensor, settings: dict[str, Any]) -> dict[str, float]:
+    """Compares projections with exact gradients in fp32, projected; stops the program where they are too far off.
+
+    In 16 bits the backward pass itself rounds: beside the error of the projections stands that of the model's own 16-bit
+    gradients, projected likewise. Projections may be off by the dtype's bound, or by half more than those gradients are.
+
+    Returns:
+        ``largest_relative_error`` of a sample's layer (2-norms), and ``of_plain_gradients``.
+    """
     few = tokens[:2, :128]
     projector = _projector(model, settings, "float32")
     with projector:
         projector.losses(few).sum().backward()
         rows = projector.collect()
-    worst = 0.0
     dtype = next(model.parameters()).dtype
-    parameters = dict(model.named_parameters())
+    names = {layer.name: f"{layer.name}.weight" for layer in projector.layers}
+    exact = model if dtype == torch.float32 else copy.deepcopy(model).float()
+    worst, plain = 0.0, 0.0
     for sample, row in zip(few, rows, strict=True):
-        model.zero_grad(set_to_none=True)
-        model(input_ids=sample[None], labels=sample[None], use_cache=False).loss.backward()
+        true, own = (_gradients(copied, sample, names) for copied in (exact, model))
         for layer in projector.layers:
-            gradient = parameters[f"{layer.name}.weight"].grad
-            assert gradient is not None
-            exact = projector.project(layer.name, gradient.float())
+            goal = projector.project(layer.name, true[layer.name])
             ours = row[layer.slice_start : layer.slice_end]
-            worst = max(worst, float((ours - exact).norm() / exact.norm()))
-    model.zero_grad(set_to_none=True)
-    if not worst <= TOLERANCE[dtype]:
-        raise SystemExit(
-            f"projections are {worst:.2e} off exact gradients (bound {TOLERANCE[dtype]:g}); no speed is reported."
-        )
-    return worst
+            worst = max(worst, float((ours - goal).norm() / goal.norm()))
+            plain = max(plain, float((projector.project(layer.name, own[layer.name]) - goal).norm() / goal.norm()))
+    bound = max(TOLERANCE[dtype], 1.5 * plain)
+    if not worst <= bound:
+        raise SystemExit(f"projections are {worst:.2e} off exact gradients (bound {bound:.2g}); no speed is reported.")
+    return {"largest_relative_error": worst, "of_plain_gradients": plain}
+
+
+def _gradients(model: Any, sample: Tensor, names: dict[str, str]) -> dict[str, Tensor]:
+    """Layer -> exact gradient of one sample's loss, fp32."""
+    parameters = dict(model.named_parameters())
+    loss = model(input_ids=sample[None], labels=sample[None], use_cache=False).loss
+    found = torch.autograd.grad(loss, [parameters[name] for name in names.values()])
+    return {layer: gradient.float() for layer, gradient in zip(names, found, strict=True)}
 
 
 def measure(model: Any, tokens: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +219,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def summary(found: dict[str, Any], worst: float, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+def summary(
+    found: dict[str, Any], errors: dict[str, float], settings: dict[str, Any], about: dict[str, Any]
+) -> dict[str, Any]:
     """One suite of a result file, as the report shows it."""
     mine = found["sparseopt"]["milliseconds"]
     baselines = {
@@ -226,7 +240,7 @@ def summary(found: dict[str, Any], worst: float, settings: dict[str, Any], about
             bars[name] = {"at_least": round(least, 3), "measured": measured, "met": measured >= least}
     case = {"rounds": settings["rounds"], "sparseopt": mine, "baselines": baselines, "facts": facts, "bars": bars}
     return {**about, "cases": {f"{settings['size']}, {settings['mode']}": case}, "arms": found, "settings": settings,
-            "largest_relative_error": worst}  # fmt: skip
+            **errors}  # fmt: skip
 
 
 def store(folder: Path, suite: str, found: dict[str, Any]) -> Path:
@@ -285,8 +299,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparseop
         "layers": options.layers, "rank_total": options.rank_total, "rounds": options.rounds, "arms": options.arms,
         "device": device.type,
     }  # fmt: skip
-    worst = check(model, tokens, {**settings, "mode": "eager"})
-    print(f"largest relative error against exact gradients: {worst:.2e}", file=sys.stderr)
+    errors = check(model, tokens, {**settings, "mode": "eager"})
+    print("against exact gradients in fp32: " + ", ".join(f"{k} {v:.2e}" for k, v in errors.items()), file=sys.stderr)
     shown: dict[str, Any] = {}
     for mode in options.mode:
         about = {
@@ -297,7 +311,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparseop
         }  # fmt: skip
         with contextlib.redirect_stdout(sys.stderr):
             found = summary(
-                measure(model, tokens, {**settings, "mode": mode}), worst, {**settings, "mode": mode}, about
+                measure(model, tokens, {**settings, "mode": mode}), errors, {**settings, "mode": mode}, about
             )
         name = f"{options.shape} shapes, random weights" if options.shape else str(options.model)
         suite = f"projection, {name}, {options.dtype}, {options.rank_total} values a layer of {options.layers}"

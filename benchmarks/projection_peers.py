@@ -1,9 +1,10 @@
-"""sparseopt's projections beside dattri's LoGra: same model, batch and values per layer; speed, memory and accuracy.
+"""sparseopt's projections beside dattri's LoGra and bergson's: same model, batch and values per layer; speed, memory, accuracy.
 
-    pip install dattri && python -m sparseopt.benchmarks.projection_peers --shape llama-3.2-1b --batch 8 --seq 1024
+    pip install dattri bergson && python -m sparseopt.benchmarks.projection_peers --shape llama-3.2-1b --batch 8 --seq 1024
 
 LoGra is called as its attributor does: model.forward patched by its HookManager, compressors of proj_type "normal", the batch's
-loss from whole logits, parameters as they come. Arms run in turns, each on its own copy of the model. The Gram error is the
+loss from whole logits, parameters as they come; bergson through its InMemoryCollector, parameters frozen as it freezes them,
+with its copies to the host. Arms run in turns, each on its own copy of the model. The Gram error is the
 Frobenius norm of (Gram matrix of a batch's projections - that of its exact gradients of the same layers) over that of the latter,
 the mean over seeds of the matrices; "scaled" is after the best common factor, for a peer with another scale. dattri projects
 nn.Linear only.
@@ -94,17 +95,54 @@ def logra(model: Any, tokens: Tensor, settings: dict[str, Any], seed: int) -> Pa
     return run
 
 
-ARMS: dict[str, Callable[..., Pass]] = {"plain": plain, "dattri LoGra": logra, "sparseopt": ours}
+def bergson(model: Any, tokens: Tensor, settings: dict[str, Any], seed: int) -> Pass:
+    from bergson import GradientProcessor, IndexConfig, InMemoryCollector
+    from datasets import Dataset
+
+    names = {
+        layer.modules[0] for layer in so.GradientProjector(model, settings["layers"], settings["rank_total"]).layers
+    }
+    model.requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)  # as bergson loads models: the graph must begin somewhere
+    collector = InMemoryCollector(
+        model=model, target_modules=names, data=Dataset.from_dict({"length": [tokens.shape[1]] * len(tokens)}),
+        cfg=IndexConfig(run_path=""), processor=GradientProcessor(
+            projection_dim=round(settings["rank_total"] ** 0.5), projection_type="normal", projection_seed=seed),
+    )  # fmt: skip
+
+    def run() -> Tensor:
+        with collector:
+            losses = sample_losses(model, tokens)
+            losses.sum().backward()
+            model.zero_grad()
+            if tokens.is_cuda:
+                torch.cuda.synchronize()  # its copies to the host do not wait
+            rows = torch.cat([values.flatten(1).float() for values in collector.mod_grads.values()], 1)
+            collector.process_batch(list(range(len(tokens))), losses=losses)
+        return rows
+
+    return run
+
+
+# dattri and bergson: as far as they are installed.
+ARMS: dict[str, Callable[..., Pass]] = {"plain": plain, "dattri LoGra": logra, "bergson": bergson, "sparseopt": ours}
+PEERS = {"dattri LoGra": "dattri", "bergson": "bergson"}
+
+
+def installed() -> dict[str, Callable[..., Pass]]:
+    """The arms that can run here."""
+    return {name: arm for name, arm in ARMS.items() if name not in PEERS or importlib.util.find_spec(PEERS[name])}
 
 
 def measure(model: Any, tokens: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
     """Arm -> ``milliseconds`` (median, p20, p80), ``tokens_per_second``, and on a GPU ``peak_bytes`` (weights included)."""
     device, cuda = tokens.device, tokens.device.type == "cuda"
     own = sum(p.numel() * p.element_size() for p in model.parameters())
-    models = {name: copy.deepcopy(model) for name in ARMS}
-    runs = {name: build(models[name], tokens, settings, 42) for name, build in ARMS.items()}
-    times: dict[str, list[float]] = {name: [] for name in ARMS}
-    found: dict[str, Any] = {name: {} for name in ARMS}
+    arms = installed()
+    models = {name: copy.deepcopy(model) for name in arms}
+    runs = {name: build(models[name], tokens, settings, 42) for name, build in arms.items()}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    found: dict[str, Any] = {name: {} for name in arms}
     with Progress("passes", WARM_UP + settings["rounds"], unit="round") as progress:
         for turn in range(WARM_UP + settings["rounds"]):
             for name, run in runs.items():
@@ -134,7 +172,7 @@ def gram_errors(
     """Arm -> ``gram_error`` and ``gram_error_scaled``, relative, mean over ``seeds``."""
     exact = _exact_gram(copy.deepcopy(model), tokens, settings["layers"])
     found: dict[str, dict[str, float]] = {}
-    for name, build in ARMS.items():
+    for name, build in installed().items():
         if name == "plain":
             continue
         raw, scaled = [], []
@@ -182,8 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--rank_total must be a square number for LoGra, got {options.rank_total}")
     if options.batch < 2:
         parser.error("--batch must be at least 2: a Gram matrix is of several samples")
-    if importlib.util.find_spec("dattri") is None:
-        raise SystemExit("dattri is not installed: there is no peer to compare with (pip install dattri).")
+    peers = [name for name in PEERS if name in installed()]
+    if not peers:
+        raise SystemExit("neither dattri nor bergson is installed: there is no peer (pip install dattri bergson).")
     device, dtype = announce_device(options.device), getattr(torch, options.dtype)
     from sparseopt import models
     from sparseopt.shapes import build_shape
@@ -196,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (options.batch, options.seq), generator=generator).to(device)
     settings = {"layers": options.layers, "rank_total": options.rank_total, "rounds": options.rounds}
-    worst = check(model, tokens, {**settings, "mode": "eager"})  # refuses to time what is wrong
+    errors = check(model, tokens, {**settings, "mode": "eager"})  # refuses to time what is wrong
     with contextlib.redirect_stdout(sys.stderr):  # the peer talks
         arms = measure(model, tokens, settings)
         for name, values in gram_errors(model, tokens[:, : options.gram_seq], settings, range(options.seeds)).items():
@@ -205,11 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "date": datetime.date.today().isoformat(), "commit": train_results.commit(),
         "command": shlex.join(["python", "-m", "sparseopt.benchmarks.projection_peers",
                                *("FILE" if word == str(options.output) else word for word in given)]),
-        "environment": {**train_results.environment(device), "dattri": importlib.metadata.version("dattri")},
-        "largest_relative_error": worst, "arms": arms,
-        "tokens_per_second_ratio": round(
-            arms["sparseopt"]["tokens_per_second"] / arms["dattri LoGra"]["tokens_per_second"], 3
-        ),
+        "environment": {**train_results.environment(device),
+                        **{PEERS[name]: importlib.metadata.version(PEERS[name]) for name in peers}},
+        **errors, "arms": arms,
+        "tokens_per_second_ratio": {
+            name: round(arms["sparseopt"]["tokens_per_second"] / arms[name]["tokens_per_second"], 3) for name in peers
+        },
     }  # fmt: skip
     print(json.dumps(result, indent=1))
     if options.output is not None:

@@ -53,12 +53,16 @@ def entry_positions(base, first, shift, k, count):
 
 
 @triton.jit
-def block_of_entries(sub, base, first, shift, count, RUN: tl.constexpr, BLOCK: tl.constexpr):
-    """(entries, flat int64 elements) of block ``sub`` of a chunk.
+def block_of_entries(sub, row, indices, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """(entries of the arena, flat elements of the tensor, both int64; which of them exist) of block ``sub`` of a chunk.
 
-    RUN = 1: [BLOCK]. Else [BLOCK / RUN, RUN]: every group of RUN entries is consecutive and aligned, so that a thread
-    moves several at once.
+    row: the chunk's row of the table. RUN = 1: [BLOCK]. Else [BLOCK / RUN, RUN]: every group of RUN entries is consecutive
+    and aligned in the tensor and in the arena, and exists as a whole, so that a thread moves several at once.
     """
+    # Hints belong on what is added and compared, not on the sums: that is where the compiler looks for them.
+    count = tl.multiple_of(tl.load(row + 3).to(tl.int32), RUN)
+    start = tl.multiple_of(tl.load(row + 2), RUN)
+    base, first, shift = tl.load(row + 1), indices + tl.load(row + 4), tl.load(row + 5).to(tl.int32)
     if RUN == 1:
         k = sub * BLOCK + tl.arange(0, BLOCK)
         positions = entry_positions(base, first, shift, k, count)
@@ -66,18 +70,18 @@ def block_of_entries(sub, base, first, shift, count, RUN: tl.constexpr, BLOCK: t
         group = sub * BLOCK + tl.arange(0, BLOCK // RUN) * RUN
         place = tl.arange(0, RUN)
         k = group[:, None] + place[None, :]
-        start = tl.multiple_of(entry_positions(base, first, shift, group, count), RUN)
-        positions = start[:, None] + place[None, :].to(tl.int64)
-    return k, positions
+        run = tl.multiple_of(entry_positions(base, first, shift, group, count), RUN)
+        positions = run[:, None] + place[None, :].to(tl.int64)
+    return start + k, positions, k < count
 
 
 @triton.jit
 def address_of(table, position, DTYPE: tl.constexpr, RUN: tl.constexpr):
     """Pointer to a tensor's data; with RUN the launcher has checked that it is aligned to 16 bytes."""
-    address = tl.load(table + position)
+    pointer = tl.load(table + position).to(tl.pointer_type(DTYPE))
     if RUN > 1:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
+        pointer = tl.multiple_of(pointer, 16)  # the cast would lose a hint on the address
+    return pointer
 
 
 @triton.jit

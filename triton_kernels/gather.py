@@ -54,14 +54,9 @@ def _gather_kernel(
     tensor = tl.load(row) - tensor_offset
     if tl.load(grads + tensor) != 0:
         grad = address_of(grads, tensor, GRAD, RUN)
-        count = tl.load(row + 3).to(tl.int32)
-        shift = tl.load(row + 5).to(tl.int32)
-        k, positions = block_of_entries(
-            program % BLOCKS, tl.load(row + 1), indices + tl.load(row + 4), shift, count, RUN, BLOCK
-        )
-        valid = k < count
+        entries, positions, valid = block_of_entries(program % BLOCKS, row, indices, RUN, BLOCK)
         values = widen(tl.load(grad + positions, mask=valid, other=0), ACC)
-        out = compact + tl.load(row + 2) + k
+        out = compact + entries
         if ACCUMULATE:
             values += tl.load(out, mask=valid, other=0)
         tl.store(out, values, mask=valid)

@@ -42,13 +42,8 @@ def _scatter_kernel(
     tensor = tl.load(row)
     if tl.load(addresses + tensor) != 0:
         param = address_of(addresses, tensor, VALUE, RUN)
-        count = tl.load(row + 3).to(tl.int32)
-        shift = tl.load(row + 5).to(tl.int32)
-        k, positions = block_of_entries(
-            program % BLOCKS, tl.load(row + 1), indices + tl.load(row + 4), shift, count, RUN, BLOCK
-        )
-        valid = k < count
-        tl.store(param + positions, tl.load(values + tl.load(row + 2) + k, mask=valid, other=0), mask=valid)
+        entries, positions, valid = block_of_entries(program % BLOCKS, row, indices, RUN, BLOCK)
+        tl.store(param + positions, tl.load(values + entries, mask=valid, other=0), mask=valid)
 
 
 def scatter_values_(params: Sequence[Tensor], values: Tensor, indices: Tensor, chunks: Tensor, run: int) -> None:

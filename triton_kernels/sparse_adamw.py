@@ -171,15 +171,11 @@ def _step_kernel(
     row = chunks + (program // BLOCKS).to(tl.int64) * 6
     sub = program % BLOCKS
     tensor = tl.load(row)
-    count = tl.load(row + 3).to(tl.int32)
     c = constants + tensor * CONSTANTS
     present = tl.load(c) != 0  # has a gradient, and the step is not skipped
-    if present & (sub * BLOCK < count):
+    if present & (sub * BLOCK < tl.load(row + 3)):
         ACC: tl.constexpr = constants.dtype.element_ty
-        shift = tl.load(row + 5).to(tl.int32)
-        k, positions = block_of_entries(sub, tl.load(row + 1), indices + tl.load(row + 4), shift, count, RUN, BLOCK)
-        valid = k < count
-        entry = tl.load(row + 2) + k  # int64
+        entry, positions, valid = block_of_entries(sub, row, indices, RUN, BLOCK)
 
         weights = address_of(param_addresses, tensor, PARAM, RUN) + positions
         if master is not None:

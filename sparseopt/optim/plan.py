@@ -7,6 +7,7 @@ above some 2%), else 4 bytes in chunks of 4096. The chunk table is described in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -123,10 +124,11 @@ class IndexPlan:
             starts.append(starts[-1] + count)
             first_chunk.append(first_chunk[-1] + len(table))
         chunks = torch.cat(rows) if rows else torch.empty(0, 6, dtype=torch.int64)
-        common = min((run or 64 for run, count in zip(runs, counts, strict=True) if count), default=1)
+        # Fully active tensors are whole runs of whatever divides them: kernels move runs as a whole, the last one too.
+        common = min((run or math.gcd(count, 64) for run, count in zip(runs, counts, strict=True) if count), default=1)
         return IndexPlan(
             tuple(numels), tuple(counts), tuple(starts), tuple(runs), torch.cat(offsets), chunks, tuple(first_chunk),
-            common,
+            common if common >= 8 else 1,
         )  # fmt: skip
 
 
