@@ -9,16 +9,23 @@ so that equal installations give equal corpora. Descriptions are Markdown or reS
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+import sysconfig
 from collections.abc import Iterable, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
+from pydoc_data.topics import topics
 
 from sparseopt._files import atomic_folder
 
-__all__ = ["main", "texts", "write"]
+__all__ = ["main", "python_texts", "texts", "write"]
 
 LEAST = 2000  # characters
+# Of the standard library: what others installed, tests, programs beside it, and tables.
+LEFT_OUT = re.compile(
+    r"(^|/)(site-packages|dist-packages|tests?|idlelib|turtledemo|encodings|pydoc_data|__pycache__)/|_data_"
+)
 
 
 def texts(folders: Sequence[str] | None = None, least: int = LEAST) -> dict[str, str]:
@@ -35,6 +42,23 @@ def texts(folders: Sequence[str] | None = None, least: int = LEAST) -> dict[str,
         if name and len(text) >= least:
             found.setdefault(name, text)  # a name twice on the path: the first is what gets imported
     return dict(sorted(found.items()))
+
+
+def python_texts(least: int = LEAST) -> dict[str, str]:
+    """What Python tells about itself: topics of its language reference, and the source of the standard library by module.
+
+    Returns:
+        ``topic:NAME`` or ``module:FILE`` -> text of at least ``least`` characters, sorted by name. Equal versions of Python
+        give equal texts.
+    """
+    found = {f"topic:{name}": text.strip() for name, text in topics.items()}
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in library.rglob("*.py"):
+        name = path.relative_to(library).as_posix()
+        if not LEFT_OUT.search(name):
+            with contextlib.suppress(UnicodeDecodeError):
+                found[f"module:{name}"] = path.read_text(encoding="utf-8").strip()
+    return {name: text for name, text in sorted(found.items()) if len(text) >= least}
 
 
 def write(folder: str | Path, chosen: Iterable[tuple[str, str]]) -> int:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["getstate", "load_state_dict", "setstate", "state_dict"]
 
 FORMAT_VERSION = 1
+# What a parameter's state holds besides one value per active entry: its mask, and where ``base_weights`` is used the entries
+# that left the mask (sorted positions) with their values before training.
+NOT_OF_ENTRIES = ("mask", "left", "left_base")
 DENSE = "dense"  # fingerprint of "everything is active"
 
 
@@ -47,6 +50,8 @@ def state_dict(optimizer: SparseAdamW) -> dict[str, Any]:
         packed = arena.packed_mask(tensor)
         if packed is not None:
             entry["mask"] = packed
+        if (gone := optimizer._left.base.get(arena.names[tensor])) is not None and gone[0].numel():
+            entry["left"], entry["left_base"] = gone
         result["state"][positions[id(param)]] = entry
     result["sparseopt"] = {
         "version": FORMAT_VERSION,
@@ -76,6 +81,7 @@ def load_state_dict(optimizer: SparseAdamW, given: dict[str, Any]) -> None:
     current = optimizer._current_masks()
     saved: dict[str, Saved] = {}
     masks: dict[str, Tensor | None] = {}
+    gone: dict[str, tuple[Tensor, Tensor]] = {}
     for name, param, key in pairs:
         entry = given["state"].get(key)
         if entry is None:
@@ -83,8 +89,11 @@ def load_state_dict(optimizer: SparseAdamW, given: dict[str, Any]) -> None:
         if info is None and not _is_compact(param, entry):
             saved[name] = Saved(_from_dense(name, param, entry, current[name]))
             continue
-        values = {k: v for k, v in entry.items() if isinstance(v, Tensor) and k != "mask"}
+        values = {k: v for k, v in entry.items() if isinstance(v, Tensor) and k not in NOT_OF_ENTRIES}
         saved[name] = Saved(values)
+        if "left" in entry:
+            positions, base = (entry[key].to(param.device, copy=True) for key in ("left", "left_base"))
+            gone[name] = positions, base.to(param.dtype)
         masks[name] = entry["mask"].cpu() if "mask" in entry else None
         _check_counts(name, param, values, masks[name])
     other = None
@@ -110,6 +119,7 @@ def load_state_dict(optimizer: SparseAdamW, given: dict[str, Any]) -> None:
         keep: dict[str, Any] = {k: group[k] for k in ("params", "param_names") if k in group}
         group.update({k: v for k, v in saved_group.items() if k not in ("params", "param_names")})
         group.update(keep)
+    optimizer._left.base = gone
     optimizer._left.after_load(None if info is None else info.get("mask_changes"), same_masks=other is None)
     if info is not None:
         skipped = int(info["skipped_steps"])

@@ -225,6 +225,41 @@ def test_base_values_of_entries_that_leave_return_and_leave_again() -> None:
         assert all(active[n].isdisjoint(p.tolist()) for n, (p, _) in opt._left.base.items()), "kept once"
 
 
+def test_base_values_of_entries_that_left_are_saved() -> None:
+    params = make_params(torch.bfloat16)
+    some, others = random_masks(0.5), random_masks(0.5, seed=9)
+    start = {n: p.detach().clone() for n, p in params.items()}
+    opt = so.SparseAdamW(params.items(), masks=some, lr=1e-1)
+    with opt.base_weights():
+        pass
+    for step, masks in enumerate([others, random_masks(0.5, seed=10)]):
+        set_grads(params, step)
+        opt.step()
+        opt.update_masks(masks)
+    trained = {n: p.detach().clone() for n, p in params.items()}
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+
+    resumed = {n: nn.Parameter(p.clone()) for n, p in trained.items()}
+    other = so.SparseAdamW(resumed.items(), masks=some, lr=1e-1)
+    with other.base_weights():  # of another model: loading replaces what it kept
+        pass
+    other.adopt_masks = True
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for step, masks in enumerate([None, some, others]):
+        if masks is not None:
+            set_grads(resumed, 2 + step)
+            other.step()
+            other.update_masks(masks)
+        now = {n: p.detach().clone() for n, p in resumed.items()}
+        with other.base_weights():
+            assert all(torch.equal(resumed[n], start[n]) for n in SHAPES)
+        assert all(torch.equal(resumed[n], now[n]) for n in SHAPES)
+    assert not all(torch.equal(trained[n], now[n]) for n in SHAPES)
+    assert not any("left" in entry for entry in so.SparseAdamW(make_params().items()).state_dict()["state"].values())
+
+
 def test_base_weights_after_training_began_is_refused() -> None:
     params = make_params()
     opt = so.SparseAdamW(params.items())
