@@ -71,7 +71,7 @@ def to_semi_structured(
             owners.setdefault(id(weight), []).append(module)
     for layer in fitting:
         dense = layer.param.detach()
-        converted = kind.from_dense((dense.t() if layer.transposed else dense).contiguous())
+        converted: Tensor = kind.from_dense((dense.t() if layer.transposed else dense).contiguous())
         # Conv1D computes addmm(bias, x, weight) with a weight [inputs, outputs]: what it gets is the transposed view of the
         # converted [outputs, inputs], whose product torch dispatches as it does for nn.Linear.
         converted = converted.t() if layer.transposed else converted
