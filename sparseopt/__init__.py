@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparseopt.projection.projector import GradientProjector as GradientProjector
     from sparseopt.projection.store import ProjectionStore as ProjectionStore
     from sparseopt.runs.registry import RunManager as RunManager
+    from sparseopt.semi_structured import to_semi_structured as to_semi_structured
     from sparseopt.trainers.attachment import attach as attach
 
 # public name -> module that defines it
@@ -50,6 +51,7 @@ _PUBLIC = {
     "pack_mask": "sparseopt.functional",
     "popcount": "sparseopt.functional",
     "reconstruct": "sparseopt.deltas.reconstruct",
+    "to_semi_structured": "sparseopt.semi_structured",
     "unpack_mask": "sparseopt.functional",
 }
 
