@@ -187,13 +187,17 @@ def gram_errors(
 
 
 def _exact_gram(model: Any, tokens: Tensor, layers: str) -> Tensor:
+    """Inner products of the samples' exact gradients, fp64[B, B] on the CPU; all gradients are held at once, in their dtype."""
     parameters = dict(model.named_parameters())
     names = [f"{layer.name}.weight" for layer in so.GradientProjector(model, layers).layers]
-    rows = []
-    for sample in tokens:
-        gradients = torch.autograd.grad(sample_losses(model, sample[None]).sum(), [parameters[name] for name in names])
-        rows.append(torch.cat([gradient.flatten().float().cpu() for gradient in gradients]))
-    return torch.stack([torch.stack([(a.double() @ b.double()) for b in rows]) for a in rows])
+    wanted = [parameters[name] for name in names]
+    samples = [torch.autograd.grad(sample_losses(model, sample[None]).sum(), wanted) for sample in tokens]
+    gram = torch.zeros(len(tokens), len(tokens), dtype=torch.float64)
+    for gradients in zip(*samples, strict=True):  # of one weight
+        rows = torch.stack([gradient.flatten() for gradient in gradients])
+        for part in rows.split(2**20, dim=1):  # short enough for sums in fp32
+            gram += (part.float() @ part.float().T).double().cpu()
+    return gram
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,7 +18,9 @@ from sparseopt import functional
 
 __all__ = ["HeadSlice", "linear_cross_entropy", "per_sample_losses"]
 
-CHUNK_BYTES = 64 * 2**20
+# Logits at a time. A GPU multiplies few rows by a large vocabulary slowly: it reads the head again for each chunk.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+ROW_BYTES = 128  # rows of logits begin at multiples of it on a GPU: an odd vocabulary makes products slow otherwise
 CHUNK_ROWS = 128  # chunks are multiples of it, at least two
 _TOKENS = 32  # rows that `_project_rows` gives to one sample of the op
 
@@ -70,7 +72,7 @@ def linear_cross_entropy(
         targets: int64[N], entries from 0 to V - 1 or ``ignore_index``.
         bias: [V] or None.
         ignore_index: rows with this target have loss 0 and no gradient.
-        chunk: rows at a time; by default as many as make 64 MiB of logits, a multiple of 128, at least 256.
+        chunk: rows at a time; by default as many as make 64 MiB of logits (256 MiB on a GPU), a multiple of 128, at least 256.
         scale: multiplies the logits.
         softcap: then makes them ``softcap * tanh(logits / softcap)`` (Gemma 2).
         project: slices of the head's own gradient; rows are then B samples of N / B consecutive rows each.
@@ -102,7 +104,8 @@ def linear_cross_entropy(
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     if chunk is None:
-        chunk = max(2, CHUNK_BYTES // (max(1, weight.shape[0]) * dtype.itemsize) // CHUNK_ROWS) * CHUNK_ROWS
+        most = CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"])
+        chunk = max(2, most // (max(1, weight.shape[0]) * dtype.itemsize) // CHUNK_ROWS) * CHUNK_ROWS
     slices = tuple(tensor for part in project for tensor in (part.leaf, part.output, part.input))
     scales = tuple(part.scale for part in project)
     cast = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -129,9 +132,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         parts = [i for i in range(len(scales)) if ctx.needs_input_grad[9 + 3 * i]]
         losses, gradients = [], []
         projected: list[list[Tensor]] = [[] for _ in scales]
+        buffer = _buffer(weight, min(rows, chunk))
         for first in range(0, rows, chunk):
             part = hidden[first : first + chunk].to(weight.dtype)
-            logits = F.linear(part, weight, bias)
+            if buffer is None:
+                logits = F.linear(part, weight, bias)
+            else:
+                logits = buffer[: part.shape[0], : weight.shape[0]]
+                if bias is None:
+                    torch.mm(part, weight.t(), out=logits)
+                else:
+                    torch.addmm(bias, part, weight.t(), out=logits)
             if scale != 1.0:
                 logits.mul_(scale)
             slope = None
@@ -177,6 +188,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 weighted, inputs.view(batch, -1, k_i), torch.eye(k_o, device=weighted.device), ctx.scales[i]
             )
         return (to_hidden, *(None,) * 8, *to_slices)
+
+
+def _buffer(weight: Tensor, rows: int) -> Tensor | None:
+    """Where a GPU keeps a chunk's logits, [rows, V rounded up]; None elsewhere, and while a compiler plans the memory."""
+    if not weight.is_cuda or torch.compiler.is_compiling():
+        return None
+    unit = ROW_BYTES // weight.element_size()
+    return weight.new_empty((rows, -(-weight.shape[0] // unit) * unit))
 
 
 def _project_rows(gradients: Tensor, matrix: Tensor | None) -> Tensor:
