@@ -240,7 +240,7 @@ class TopKHeads:
         """Adds the importance measured since the last call: once an optimizer step, on every process of a distributed run.
 
         The sum over the processes is taken, so all choose the same heads. What a layer measured is left out where it is not finite
-        (a step that an fp16 loss scale makes overflow).
+        (a step that an fp16 loss scale makes overflow; the others weigh as much as their scale).
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._fresh)

@@ -342,3 +342,25 @@ def test_fold_refuses_what_it_cannot_write() -> None:
     merged = adapted.merge_and_unload()
     top.fold(merged)
     assert not merged.model.layers[0].self_attn.o_proj.weight[:, 8:16].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu(kind: str, compiled: bool) -> None:
+    pytest.importorskip("transformers")
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        model = tiny(kind, use_cache=False).to(device, dtype).train()
+        top = TopKHeads(model, 0.5)
+        drop(top, "1010", "0001")
+        called: Any = torch.compile(model) if compiled and device == "cuda" else model
+        with top.installed():
+            for seed in range(4):
+                loss_of(called, tokens(seed, 8).to(device)).backward()
+            top.commit()
+        found.append(top.importance)
+        torch._dynamo.reset()
+    for name, values in found[0].items():
+        torch.testing.assert_close(found[1][name], values, rtol=0.1, atol=1e-3 * float(values.max()))

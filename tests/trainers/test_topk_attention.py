@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,46 @@ def test_with_sparse_weights(tmp_path: Path) -> None:
     assert all(int(heads.sum()) == 2 for heads in top.heads.values())
     assert dynamic.engine is not None
     assert abs(dynamic.engine.masks.density - 0.5) < 1e-3
+
+
+SCRIPT = """
+import json, pathlib, sys, torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from sparseopt.trainers import TopKAttention
+folder, model, batch = sys.argv[1:]
+ids = torch.randint(3, 64, (32, 12), generator=torch.Generator().manual_seed(1)).tolist()
+arguments = TrainingArguments(folder, per_device_train_batch_size=int(batch), max_steps=4, learning_rate=1e-3, seed=0,
+                              report_to=[], use_cpu=True, save_strategy="steps", save_steps=3, disable_tqdm=True)
+model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attention_dropout=0.0)
+top = TopKAttention(0.5, interval=2)
+trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}), callbacks=[top])
+trainer.train()
+heads = {name: values.tolist() for name, values in top.heads.items()}
+pathlib.Path(folder, f"heads-{trainer.args.process_index}.json").write_text(json.dumps(heads))
+"""
+
+
+@pytest.mark.slow
+def test_processes_choose_the_same_heads(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    importance: list[torch.Tensor] = []
+    for processes, batch in ((1, 8), (2, 4)):
+        folder = tmp_path / str(processes)
+        subprocess.run(
+            [sys.executable, "-P", *launch, str(processes), "train.py", str(folder), str(tiny_folder), str(batch)],
+            cwd=tmp_path, check=True, timeout=300,
+        )  # fmt: skip
+        state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
+        saved = state["stateful_callbacks"]["TopKAttention"]["saved"]["importance"]
+        importance.append(torch.tensor(list(saved.values())))
+    found = [json.loads((tmp_path / n).read_text()) for n in ("1/heads-0.json", "2/heads-0.json", "2/heads-1.json")]
+    assert found[0] == found[1] == found[2]
+    shares = [
+        values / values.sum() for values in importance
+    ]  # how a mean over processes scales the loss is the trainer's
+    torch.testing.assert_close(shares[0], shares[1], rtol=1e-3, atol=1e-6)
 
 
 def test_few_heads_warn_and_half_do_not() -> None:
