@@ -344,6 +344,44 @@ def test_fold_refuses_what_it_cannot_write() -> None:
     assert not merged.model.layers[0].self_attn.o_proj.weight[:, 8:16].any()
 
 
+@pytest.mark.slow
+def test_a_real_model_loses_less_with_its_important_heads_than_with_random_ones() -> None:
+    """SmolLM2 on the docstrings of the standard library, no training in between."""
+    import argparse
+    import logging
+    import optparse
+
+    from sparseopt.models import load_model, load_tokenizer
+
+    texts = [str(module.__doc__) for module in (argparse, optparse, logging)]
+    texts += [str(vars(optparse)[name].__doc__) for name in ("Option", "OptionParser", "Values")]
+    ids = load_tokenizer("smollm2")(" ".join(texts), return_tensors="pt").input_ids[0]
+    rows = ids[: len(ids) // 96 * 96].view(-1, 96)[:12]
+    assert len(rows) >= 8
+    model = load_model("smollm2")
+    top = TopKHeads(model, 0.75)
+
+    def held_out() -> float:
+        with torch.no_grad():
+            return float(loss_of(model, rows[-4:]))
+
+    with top.installed():
+        dense = held_out()
+        loss_of(model, rows[:4]).backward()
+        top.commit()
+        top.choose()
+        important = held_out()
+        assert all(int(heads.sum()) == 7 for heads in top.heads.values())  # of 9
+        others = []
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            for name in top.heads:
+                top.heads[name] = torch.randperm(9, generator=generator) < 7
+            top._gates.clear()
+            others.append(held_out())
+    assert dense < important < min(others)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])

@@ -32,6 +32,9 @@ class TopKAttention(TrainerCallback, ExportableState):
     one). Gradient checkpointing, gradient accumulation, DDP and ``torch.compile`` work (the latter breaks its graph before each
     output projection).
 
+    Few heads cost much: SmolLM2-135M-Instruct with the heads ranked on 1024 tokens and nothing trained had a loss on held-out
+    documentation of 3.03 with all 9 of a layer's heads, 3.36 with 7, 5.37 with 4 and 10.57 with 1 (7 or 4 random ones: 3.64, 7.13).
+
     Attributes:
         heads: name of an output projection -> bool[heads], True where a head is kept; empty before training.
     """
