@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sparseopt as so
-from sparseopt.benchmarks.semi_structured import check, prune, weight_bytes
+from sparseopt.benchmarks.semi_structured import check, main, prune, weight_bytes
 from sparseopt.semi_structured import semi_structured_backend
 
 BEFORE_AMPERE = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0)
@@ -113,6 +114,13 @@ def test_a_benchmark_with_a_wrong_result_reports_no_speed() -> None:
     for wrong in (dense * 1.02, dense * torch.nan):
         with pytest.raises(SystemExit, match="no speed is reported"):
             check("case", wrong, dense, reference)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_the_benchmark_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="needs a CUDA GPU"):
+        main(["--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------------

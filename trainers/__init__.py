@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from sparseopt.trainers.mask_collector import MaskCollector as MaskCollector
     from sparseopt.trainers.reference import share_reference as share_reference
     from sparseopt.trainers.scoring import gradient_scores as gradient_scores
+    from sparseopt.trainers.topk_attention import TopKAttention as TopKAttention
 
 # public name -> module; loaded on first use, since each brings transformers
 _PUBLIC = {
     "DeltaLogger": "sparseopt.trainers.delta_logger",
     "DynamicSparsity": "sparseopt.trainers.dynamic",
     "MaskCollector": "sparseopt.trainers.mask_collector",
+    "TopKAttention": "sparseopt.trainers.topk_attention",
     "attach": "sparseopt.trainers.attachment",
     "gradient_scores": "sparseopt.trainers.scoring",
     "parse_schedule": "sparseopt.trainers.delta_logger",

@@ -116,6 +116,7 @@ def test_gradients_that_are_not_finite_count_as_zero() -> None:
         ({"sparsity": -0.5}, r"\[0, 1\), got -0.5"),
         ({"pattern": "blocks"}, "'unstructured' or 'N:M'"),
         ({"pattern": "2:3"}, r"divisible by 3; '0.weight' has 16"),
+        ({"pattern": "1:16"}, r"divisible by 16; '2.weight' has 24"),  # a Conv1D of 24 inputs
         ({"pattern": "2:4", "sparsity": 0.8}, r"2:4 means a sparsity of 0.5, got 0.8"),
         ({"pattern": "2:4", "distribution": "erk"}, "uniform by itself"),
         ({"policy": "magic"}, "the policy must be"),

@@ -111,6 +111,40 @@ def test_moves_are_exact(n: int, m: int, transposed: bool, fraction: float) -> N
         assert torch.equal(grown, stable_choice(torch.where(mask, -torch.inf, grow), swaps))
 
 
+def moved_by_hand(
+    rows: Tensor, keep: Tensor, grow: Tensor, n: int, m: int, swaps: int
+) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+    """(output, input) of what leaves and comes; rows: bool[outputs, inputs]. Ties go to the lower (output, input)."""
+    room, leaving, came = m - n, [], set()
+    groups = [(o, i) for o in range(rows.shape[0]) for i in range(0, rows.shape[1], m)]
+    for o, i in groups:  # no more can leave a group than it has inactive entries to come
+        active = [(float(keep[o, j]), o, j) for j in range(i, i + m) if rows[o, j]]
+        leaving += sorted(active)[:room]
+    left = {(o, j) for _, o, j in sorted(leaving)[:swaps]}
+    for o, i in groups:
+        count = sum(place in left for place in ((o, j) for j in range(i, i + m)))
+        inactive = [(-float(grow[o, j]), o, j) for j in range(i, i + m) if not rows[o, j]]
+        came |= {(o, j) for _, o, j in sorted(inactive)[:count]}
+    return left, came
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("levels", [None, 3])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 4)])
+def test_moves_inside_groups_are_those_made_by_hand(n: int, m: int, levels: int | None, transposed: bool) -> None:
+    layer, pattern = layer_of(6, 24, transposed), Pattern(n, m)
+    active = layer.numel * n // m
+    mask = pattern.select(layer, scores_of(layer.shape, 1), active)
+    keep, grow = (scores_of(layer.shape, seed, levels).abs() for seed in (2, 3))
+    swaps = pattern.swaps(layer, 0.3, active, active)
+    moved = pattern.move(layer, mask, keep, grow, swaps, active)
+    rows = [tensor.T if transposed else tensor for tensor in (mask, keep, grow, *moved)]
+    left, came = moved_by_hand(*rows[:3], n, m, swaps)
+    assert len(left) == len(came) == swaps > 0
+    assert {tuple(place) for place in rows[3].nonzero().tolist()} == left
+    assert {tuple(place) for place in rows[4].nonzero().tolist()} == came
+
+
 @pytest.mark.parametrize(("n", "m"), [(0, 0), (2, 4)])
 @pytest.mark.parametrize("direction", ["fewer", "more"])
 def test_moves_that_change_the_density(n: int, m: int, direction: str) -> None:
