@@ -112,14 +112,14 @@ def _indices_kernel(packed, ends, indices, size, WORDS: tl.constexpr):
     count = _bit_counts(x)
     before_block = tl.load(ends + program) - tl.sum(count, axis=0)
     target = indices + before_block + (tl.cumsum(count, axis=0) - count)
-    first_entry = ((program * WORDS + tl.arange(0, WORDS)) * 32).to(indices.dtype.element_ty)
+    # The place of a bit is the exponent of its power of two, which is biased by 127.
+    first_entry = ((program * WORDS + tl.arange(0, WORDS)) * 32 - 127).to(indices.dtype.element_ty)
     fullest = tl.max(count, axis=0)
     for n in range(0, fullest):
         lowest = x & -x
-        # The exponent of a power of two is the place of its bit; bit 31 is a negative number.
-        bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-        tl.store(target + n, first_entry + bit, mask=x != 0)
-        x = x & (x - 1)
+        exponent = lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23
+        tl.store(target + n, first_entry + exponent, mask=x != 0)
+        x = x ^ lowest
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
