@@ -20,7 +20,7 @@ __all__ = ["HeadSlice", "linear_cross_entropy", "per_sample_losses"]
 
 # Logits at a time. A GPU multiplies few rows by a large vocabulary slowly: it reads the head again for each chunk.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-ROW_BYTES = 128  # rows of logits begin at multiples of it on a GPU: an odd vocabulary makes products slow otherwise
+ROW_BYTES = 128  # GPUs multiply matrices with rows of another length several times slower: GPT-2's vocabulary is odd
 CHUNK_ROWS = 128  # chunks are multiples of it, at least two
 _TOKENS = 32  # rows that `_project_rows` gives to one sample of the op
 
@@ -132,17 +132,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         parts = [i for i in range(len(scales)) if ctx.needs_input_grad[9 + 3 * i]]
         losses, gradients = [], []
         projected: list[list[Tensor]] = [[] for _ in scales]
-        buffer = _buffer(weight, min(rows, chunk))
+        width = weight.shape[0]
+        weight, bias = _whole_rows(weight, bias)
         for first in range(0, rows, chunk):
             part = hidden[first : first + chunk].to(weight.dtype)
-            if buffer is None:
-                logits = F.linear(part, weight, bias)
-            else:
-                logits = buffer[: part.shape[0], : weight.shape[0]]
-                if bias is None:
-                    torch.mm(part, weight.t(), out=logits)
-                else:
-                    torch.addmm(bias, part, weight.t(), out=logits)
+            logits = F.linear(part, weight, bias)
             if scale != 1.0:
                 logits.mul_(scale)
             slope = None
@@ -150,7 +144,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 ratio = torch.tanh(logits / softcap)
                 logits = ratio * softcap
                 slope = ratio.square_().neg_().add_(1) if wanted or parts else None
-            losses.append(functional.cross_entropy_(logits, targets[first : first + chunk], ignore_index))
+            losses.append(functional.cross_entropy_(logits[:, :width], targets[first : first + chunk], ignore_index))
             if not wanted and not parts:
                 continue
             if slope is not None:  # from the logits back to what the head returned
@@ -160,7 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if wanted:
                 gradients.append((logits @ weight).to(hidden.dtype))
             for i in parts:
-                projected[i].append(_project_rows(logits, slices[3 * i + 1]))
+                projected[i].append(_project_rows(logits[:, :width], slices[3 * i + 1]))
         saved: list[Tensor | None] = [_joined(gradients, hidden) if wanted else None]
         for i in parts:
             matrix = slices[3 * i + 2]
@@ -190,12 +184,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (to_hidden, *(None,) * 8, *to_slices)
 
 
-def _buffer(weight: Tensor, rows: int) -> Tensor | None:
-    """Where a GPU keeps a chunk's logits, [rows, V rounded up]; None elsewhere, and while a compiler plans the memory."""
-    if not weight.is_cuda or torch.compiler.is_compiling():
-        return None
-    unit = ROW_BYTES // weight.element_size()
-    return weight.new_empty((rows, -(-weight.shape[0] // unit) * unit))
+def _whole_rows(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A head with tokens of weight zero added on a GPU, so that rows of logits are multiples of ROW_BYTES.
+
+    Their logits are 0 and nobody's target; no loss sees them and they stay as they are, so the product with the gradient
+    of the others gets nothing from them. The copy costs what reading the weight twice costs.
+    """
+    missing = -weight.shape[0] % _row_unit(weight)
+    if not missing:
+        return weight, bias
+    return F.pad(weight, (0, 0, 0, missing)), None if bias is None else F.pad(bias, (0, missing))
+
+
+def _row_unit(weight: Tensor) -> int:
+    return ROW_BYTES // weight.element_size() if weight.is_cuda else 1
 
 
 def _project_rows(gradients: Tensor, matrix: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparseopt.projection import losses as losses_module
 from sparseopt.projection.losses import CHUNK_BYTES, HeadSlice, linear_cross_entropy, per_sample_losses
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,6 +73,24 @@ def test_softcap_and_scale() -> None:
     upstream = torch.randn(len(targets))
     gradients = [torch.autograd.grad(loss @ upstream, hidden)[0] for loss in (losses, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_rows_of_logits_filled_up_as_on_a_gpu(capped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """301 tokens as 320: the same losses and gradients, of the hidden states and of the head's own slices."""
+    hidden, weight, bias, targets = head()
+    found = []
+    for unit in (1, 64):
+        monkeypatch.setattr(losses_module, "_row_unit", lambda _, unit=unit: unit)
+        leaf = torch.zeros(1, 4, 3, requires_grad=True)
+        project = [HeadSlice(leaf, torch.ones(4, 301), torch.ones(3, 24))]
+        softcap = {"scale": 0.7, "softcap": 2.0} if capped else {}
+        with LargestTensor() as seen:
+            losses = linear_cross_entropy(hidden, weight, targets, bias=bias, chunk=16, project=project, **softcap)
+        assert seen.nbytes >= 16 * (301 if unit == 1 else 320) * 4
+        found.append((losses, *torch.autograd.grad(losses.square().sum(), [hidden, leaf])))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 class LargestTensor(TorchDispatchMode):
