@@ -238,7 +238,14 @@ def summary(
         measured = facts[name] if name in facts else baselines[name]["ratio"] if name in baselines else None
         if measured is not None:
             bars[name] = {"at_least": round(least, 3), "measured": measured, "met": measured >= least}
-    case = {"rounds": settings["rounds"], "sparseopt": mine, "baselines": baselines, "facts": facts, "bars": bars}
+    case = {
+        "rounds": settings["rounds"],
+        "sparseopt": mine,
+        "baselines": baselines,
+        "facts": facts,
+        "bars": bars,
+        **{key: about[key] for key in ("commit", "date") if key in about},
+    }
     return {**about, "cases": {f"{settings['size']}, {settings['mode']}": case}, "arms": found, "settings": settings,
             **errors}  # fmt: skip
 
