@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sparseopt.projection.store import ProjectionStore as ProjectionStore
     from sparseopt.runs.registry import RunManager as RunManager
     from sparseopt.trainers.attachment import attach as attach
+    from sparseopt.trainers.finetune import sparse_finetune as sparse_finetune
 
 # public name -> module that defines it
 _PUBLIC = {
@@ -50,6 +51,7 @@ _PUBLIC = {
     "pack_mask": "sparseopt.functional",
     "popcount": "sparseopt.functional",
     "reconstruct": "sparseopt.deltas.reconstruct",
+    "sparse_finetune": "sparseopt.trainers.finetune",
     "unpack_mask": "sparseopt.functional",
 }
 

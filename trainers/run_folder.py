@@ -57,7 +57,9 @@ class RunFolder:
         if not self.record.is_file():
             raise FileNotFoundError(f"There is no run to resume in {str(path)!r}: it has no {self.RECORD}.")
         if finished:
-            raise ValueError(f"The run in {str(path)!r} is finished, there is nothing to resume: see its {self.REPORT}.")
+            raise ValueError(
+                f"The run in {str(path)!r} is finished, there is nothing to resume: see its {self.REPORT}."
+            )
         _require_same(json.loads(self.record.read_text()), self._settings, path)
         self.checkpoint, self.trained = newest, trained
 
