@@ -103,9 +103,14 @@ class MaskHistory(TrainerCallback):
 
 
 class EvaluationProgress(TrainerCallback):
-    """A bar on a terminal while held-out samples are evaluated, and a line with the outcome."""
+    """A bar on a terminal while held-out samples are evaluated, and a line with the outcome.
+
+    Attributes:
+        stage: what is evaluated, if it is not the model after the trainer's step.
+    """
 
     def __init__(self) -> None:
+        self.stage: str | None = None
         self._progress: Progress | None = None
 
     def on_prediction_step(
@@ -131,4 +136,5 @@ class EvaluationProgress(TrainerCallback):
             self._progress = None
         figures = {key.removeprefix("eval_"): value for key, value in (metrics or {}).items()}
         shown = {f"held-out {key}": figures[key] for key in ("loss", "accuracy") if key in figures}
-        print(f"Step {state.global_step}: {format_values(shown)}", file=sys.stderr, flush=True)
+        when = self.stage or ("first masks" if not state.global_step else f"step {state.global_step}")
+        print(f"evaluate: {when}, {format_values(shown)}", file=sys.stderr, flush=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,17 @@ from sparseopt.optim.dynamic.layers import find_layers
 from sparseopt.optim.dynamic.patterns import parse_pattern
 from sparseopt.trainers.finetune_settings import FinetuneSettings
 
-__all__ = ["Dropout", "check_layers", "load", "load_tokenizer", "most_tokens", "precision", "quantised", "task_head"]
+__all__ = [
+    "Dropout",
+    "check_layers",
+    "checkpointing",
+    "load",
+    "load_tokenizer",
+    "most_tokens",
+    "precision",
+    "quantised",
+    "task_head",
+]
 
 # bitsandbytes' classes, known by name: the package need not be installed.
 QUANTISED_LAYERS = {"Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt"}
@@ -184,3 +195,15 @@ class Dropout:
     def __exit__(self, *_: object) -> None:
         for module, name, value in self._old:
             setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def checkpointing(model: Any) -> Iterator[None]:
+    """Afterwards, recomputing of activations is off again where it was."""
+    name = "activation" if hasattr(model, "activation_checkpointing_disable") else "gradient"
+    before = getattr(model, f"is_{name}_checkpointing")
+    try:
+        yield
+    finally:
+        if not before:
+            getattr(model, f"{name}_checkpointing_disable")()

@@ -109,7 +109,8 @@ class FinetuneRun:
         timer, guard, progress = StepTimer(path / "timing_info.json"), InterruptGuard(), TrainProgress()
         dynamic = TimedSparsity(**{**settings.engine_options(), "exclude": exclude})
         history = MaskHistory(dynamic, path / HISTORY)
-        callbacks: list[TrainerCallback] = [MetricsFile(path / "metrics.jsonl"), timer, EvaluationProgress()]
+        evaluation = EvaluationProgress()
+        callbacks: list[TrainerCallback] = [MetricsFile(path / "metrics.jsonl"), timer, evaluation]
         with _not_quantised(model):
             trainer = Trainer(
                 model=model, args=arguments, data_collator=finetune_data.collate(pad), callbacks=callbacks,
@@ -117,21 +118,25 @@ class FinetuneRun:
                 compute_metrics=_accuracy if classify else None,
             )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        with _training(model, settings, exclude), finetune_model.Dropout(model, settings.dropout):
+        dropout, memory = finetune_model.Dropout(model, settings.dropout), finetune_model.checkpointing(model)
+        with _training(model, settings, exclude), dropout, memory:
             dynamic.attach(trainer, unmasked="dense")
             attention = self._topk_attention(trainer)
             for callback in (history, guard, progress):
                 trainer.add_callback(callback)
+            evaluation.stage = "dense model"
             before = self._before(trainer)
+            evaluation.stage = None
             say(self._plan(steps))
             set_seed(settings.seed)  # whether or not something was evaluated before
             project = f"{sanitize_name(_name(settings.model_name))}-sparse-finetune"
             with tracking(project, path):
                 self._train(trainer, guard, progress, history)
+        model.eval()
         if attention is not None:
             attention.fold(model)
-        model.eval()
-        results = {"before": before, **self._results(trainer, dynamic, timer, samples, device)}
+        after = self._after(trainer, changed=attention is not None)
+        results = {"before": before, "after": after, **self._results(trainer, dynamic, timer, samples, device)}
         self._save(model, tokenizer, trainer, dynamic, results)
         say(_summary(results))
         return model
@@ -215,6 +220,14 @@ class FinetuneRun:
             atomic_write(path, json.dumps(found))
         return json.loads(path.read_text())
 
+    def _after(self, trainer: Trainer, changed: bool) -> dict[str, float] | None:
+        """Held-out figures of the trained model: those of its last step, unless it changed since."""
+        if trainer.eval_dataset is None:
+            return None
+        step = trainer.state.global_step
+        last = [entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry]
+        return _figures(trainer.evaluate() if changed or not last else last[-1])
+
     def _plan(self, steps: int) -> str:
         settings = self.settings
         how = settings.sparsity_type if settings.sparsity_type != "unstructured" else settings.distribution
@@ -249,7 +262,6 @@ class FinetuneRun:
             raise RuntimeError(f"inactive weights of {len(nonzero)} layers are not 0, first {nonzero[0]!r}.")
         return {
             "first_masks": None if first is None else _figures(first),
-            "after": _figures(trainer.evaluate()) if trainer.eval_dataset is not None else None,
             "held_out_samples": len(samples.held_out),
             "steps": trainer.state.global_step,
             "policy": engine.plan.policy,
