@@ -170,7 +170,7 @@ def sample_sets(
         held_out = make(Source(f"{source.name} (held out)", table=given))[0][:HELD_OUT]
     else:
         count = min(HELD_OUT, round(settings.eval_fraction * len(rows)), len(rows) - 1)
-        if unit != "block":  # the last blocks are of other documents, or of the end of one
+        if count and unit != "block":  # the last blocks are of other documents, or of the end of one
             random.Random(f"{settings.seed}/held-out").shuffle(rows)
         rows, held_out = rows[: len(rows) - count], rows[len(rows) - count :]
     tokens = sum(sample["input_ids"].numel() for sample in rows)

@@ -125,7 +125,7 @@ class FinetuneSettings:
         if options["sparsity_schedule"] is not None:
             options["sparsity_schedule"] = lambda step, total: 0.5
         initial = "random" if options["initial"] is not None else None
-        Engine(nn.Linear(max(pattern.m, 8), 4, bias=False), total_steps=1, **{**options, "initial": initial})
+        Engine(nn.Linear(pattern.m or 8, 4, bias=False), total_steps=1, **{**options, "initial": initial})
 
     # ---- what follows from them ----------------------------------------------------------------------------------------
     @property
