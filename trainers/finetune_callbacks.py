@@ -19,15 +19,19 @@ from sparseopt.trainers.dynamic import DynamicSparsity
 __all__ = ["HISTORY", "EvaluationProgress", "MaskHistory", "TimedSparsity"]
 
 HISTORY = "mask_history.json"
-SHOWN = ("sparsity", "churn", "regrown", "inactive_grad_norm")
+SHOWN = {"sparsity": "sparsity", "churn": "churn", "regrown": "regrown", "inactive_grad_norm": "inactive norm"}
 
 
 class TimedSparsity(DynamicSparsity):
-    """DynamicSparsity that knows how long its updates take; the device is waited for around them."""
+    """DynamicSparsity that knows how long its updates take; the device is waited for around them.
+
+    Attributes:
+        seconds: of each update of this process.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._seconds: list[float] = []
+        self.seconds: list[float] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if self.engine is None or not self.engine.plan.updates(state.global_step):
@@ -36,11 +40,11 @@ class TimedSparsity(DynamicSparsity):
         began = time.perf_counter()
         super().on_step_end(args, state, control, **kw)
         _wait(args.device)
-        self._seconds.append(time.perf_counter() - began)
+        self.seconds.append(time.perf_counter() - began)
 
     def summary(self) -> dict[str, float] | None:
         """Seconds of the updates of this process: median, p20, p80; None if there were none."""
-        return quantiles(self._seconds)
+        return quantiles(self.seconds)
 
 
 def _wait(device: torch.device) -> None:
@@ -49,16 +53,17 @@ def _wait(device: torch.device) -> None:
 
 
 class MaskHistory(TrainerCallback):
-    """Keeps the file of mask changes up to date, and shows a bar (or lines) of the updates.
+    """Keeps the file of mask changes up to date, and shows a bar of the updates, or a line for each.
 
     The file holds ``layers``, ``layer_entries``, ``first`` (step 0: ``active``, ``sparsity``) and ``updates``, the records of
     :class:`sparseopt.optim.dynamic.engine.DynamicSparsity`.
     """
 
-    def __init__(self, dynamic: DynamicSparsity, path: Path) -> None:
+    def __init__(self, dynamic: TimedSparsity, path: Path) -> None:
         self._dynamic, self._path = dynamic, path
         self._progress: Progress | None = None
         self._first: dict[str, Any] = {}
+        self._total = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         engine = self._dynamic.engine
@@ -68,9 +73,9 @@ class MaskHistory(TrainerCallback):
         else:  # of the run that is continued
             self._first = json.loads(self._path.read_text())["first"]
         self._write()
-        total = sum(map(engine.plan.updates, range(1, state.max_steps + 1)))
-        if total:
-            self._progress = Progress("masks", total, unit="update", completed=len(engine.history))
+        self._total = sum(map(engine.plan.updates, range(1, state.max_steps + 1)))
+        if self._total and sys.stderr.isatty():
+            self._progress = Progress("masks", self._total, unit="update", completed=len(engine.history))
             self._progress.__enter__()
 
     def _write(self) -> None:
@@ -87,10 +92,14 @@ class MaskHistory(TrainerCallback):
         if engine is None or not engine.plan.updates(state.global_step):
             return
         self._write()
+        record = engine.history[-1]
+        values = {label: record[key] for key, label in SHOWN.items() if record[key] is not None}
         if self._progress is not None:
-            record = engine.history[-1]
-            values = {key.replace("inactive_grad_norm", "inactive norm"): record[key] for key in SHOWN}
-            self._progress.update(**{key: value for key, value in values.items() if value is not None})
+            self._progress.update(**values)
+            return
+        count, took = f"{len(engine.history)}/{self._total}", format_values({"took": self._dynamic.seconds[-1]})
+        print(f"masks: update {count} after step {state.global_step} {took} s, {format_values(values)}",
+              file=sys.stderr, flush=True)  # fmt: skip
 
     def close(self, error: BaseException | None = None) -> None:
         """Ends the bar; also after an error, when the trainer calls nobody."""

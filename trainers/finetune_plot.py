@@ -116,8 +116,11 @@ def _sparsity(axis: Any, history: Sequence[dict[str, Any]], first: float, steps:
     values = [first, *(record["sparsity"] for record in history)]
     axis.step(at, [*values, values[-1]], where="post", color="tab:purple")
     axis.plot(at[1:-1], values[1:], ".", color="tab:purple")
-    axis.set(title="Sparsity of the layers", ylabel="share of inactive entries", ylim=(0, 1.02))
-    axis.annotate(f"{values[-1]:.1%}", (steps, values[-1]), xytext=(-4, -14), textcoords="offset points", ha="right")
+    axis.set(
+        title=f"Sparsity of the layers ({values[-1]:.1%} at the end)",
+        ylabel="share of inactive entries",
+        ylim=(0, 1.02),
+    )
 
 
 def _changes(axis: Any, history: Sequence[dict[str, Any]]) -> None:

@@ -139,7 +139,7 @@ class FinetuneSettings:
 
     @property
     def schedule(self) -> SparsitySchedule | None:
-        return parse_schedule(self.sparsity_schedule)
+        return parse_schedule(self.sparsity_schedule, self.mask_update_interval)
 
     @property
     def score(self) -> Criterion:
@@ -183,10 +183,11 @@ def is_static(settings: FinetuneSettings) -> bool:
     return settings.masks_policy == "static"
 
 
-def parse_schedule(schedule: SparsitySchedule | str | None) -> SparsitySchedule | None:
+def parse_schedule(schedule: SparsitySchedule | str | None, interval: int = 1) -> SparsitySchedule | None:
     """A function of ``(step, total_steps)``: itself, or by name.
 
-    ``linear:A:B`` rises from sparsity A to B over the training; ``module:function`` and ``file.py:function`` name one.
+    ``linear:A:B`` goes from sparsity A to B, which the last update reaches, wherever the interval puts it;
+    ``module:function`` and ``file.py:function`` name one.
 
     Raises:
         ValueError: not understood, or A or B outside [0, 1).
@@ -204,7 +205,12 @@ def parse_schedule(schedule: SparsitySchedule | str | None) -> SparsitySchedule 
         raise ValueError(f"sparsity_schedule {schedule!r} is not understood: expected linear:0.1:0.9.") from None
     for value in (first, last):
         check_sparsity(value, f"each end of sparsity_schedule {schedule!r}")
-    return lambda step, total_steps: first + (last - first) * min(1.0, step / total_steps)
+
+    def linear(step: int, total_steps: int) -> float:
+        end = total_steps // interval * interval
+        return first + (last - first) * min(1.0, step / end) if end else first
+
+    return linear
 
 
 def check_schedule(plan: Any) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sparseopt as so
 from sparseopt import models
 from sparseopt.trainers import finetune_callbacks, finetune_model
+from sparseopt.trainers.finetune_settings import parse_schedule
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_saves_a_model_folder_with_masks_history_and_picture(
     assert int.from_bytes(picture[16:20], "big") > 1500, "wide enough for six panels"
 
     assert "fp16=True is for GPUs, it is off on cpu" in said
-    assert "masks: 5/5 updates (100%) done" in said
+    assert "masks: update 5/5 after step 20 took" in said
     assert "train: 30/30 steps (100%) done" in said
     assert "Held-out loss" in said
     assert not list(folder.glob("checkpoint-*"))
@@ -138,6 +139,9 @@ def test_a_schedule_is_a_function_of_steps(tiny_folder: Path, text_file: Path, t
     for record in history["updates"]:
         assert record["sparsity"] == pytest.approx(0.1 + 0.8 * record["step"] / 12, abs=1e-4)
     assert records(tmp_path / "text") == history
+    late = parse_schedule("linear:0.1:0.9", interval=5)
+    assert late is not None
+    assert [late(step, 14) for step in (0, 5, 10)] == pytest.approx([0.1, 0.5, 0.9]), "the last update reaches the end"
 
 
 class MagnitudePruning(prune.BasePruningMethod):
