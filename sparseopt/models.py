@@ -114,8 +114,10 @@ def load_model(
         model = auto.from_pretrained(source, dtype=dtype, **options)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval()
+    if not getattr(model, "is_quantized", False):  # such weights are where loading put them
+        model.to(torch.device(device))
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:

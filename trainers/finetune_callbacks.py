@@ -96,6 +96,8 @@ class MaskHistory(TrainerCallback):
         values = {label: record[key] for key, label in SHOWN.items() if record[key] is not None}
         if self._progress is not None:
             self._progress.update(**values)
+            if len(engine.history) == self._total:
+                self.close()
             return
         count, took = f"{len(engine.history)}/{self._total}", format_values({"took": self._dynamic.seconds[-1]})
         print(f"masks: update {count} after step {state.global_step} {took} s, {format_values(values)}",

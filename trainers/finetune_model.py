@@ -118,6 +118,8 @@ def quantised(model: nn.Module) -> set[str]:
 
 def task_head(model: PreTrainedModel) -> set[str]:
     """Parameters of a classifier beside its base model: few, new, and needed whole."""
+    if not model.base_model_prefix:
+        return set()
     prefix = f"{model.base_model_prefix}."
     return {normalize_name(name) for name, _ in model.named_parameters() if not name.startswith(prefix)}
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.utils import logging as transformers_logging
 
 from sparseopt._files import atomic_write
+from sparseopt.masks.maskset import MaskSet
 from sparseopt.models import sanitize_name
 from sparseopt.optim.dynamic.policy import Plan
 from sparseopt.progress import announce_device
@@ -114,7 +115,7 @@ class FinetuneRun:
         with _not_quantised(model):
             trainer = Trainer(
                 model=model, args=arguments, data_collator=finetune_data.collate(pad), callbacks=callbacks,
-                train_dataset=samples.train, eval_dataset=samples.held_out or None,  # type: ignore[arg-type]
+                train_dataset=samples.train, eval_dataset=samples.held_out or None,
                 compute_metrics=_accuracy if classify else None,
             )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
@@ -122,7 +123,7 @@ class FinetuneRun:
         with _training(model, settings, exclude), dropout, memory:
             dynamic.attach(trainer, unmasked="dense")
             attention = self._topk_attention(trainer)
-            for callback in (history, guard, progress):
+            for callback in (progress, guard, history):  # the bar of the steps is there first
                 trainer.add_callback(callback)
             evaluation.stage = "dense model"
             before = self._before(trainer)
@@ -254,6 +255,7 @@ class FinetuneRun:
         self, trainer: Trainer, dynamic: TimedSparsity, timer: StepTimer, samples: Any, device: torch.device
     ) -> dict[str, Any]:
         engine, optimizer = dynamic.engine, sparse_optimizer(trainer)
+        model: Any = trainer.model
         assert engine is not None
         log = trainer.state.log_history
         first = next((entry for entry in log if entry["step"] == 0 and "eval_loss" in entry), None)
@@ -272,7 +274,7 @@ class FinetuneRun:
             "layers": len(engine.layers),
             "layer_entries": engine.masks.total_parameters,
             "active_entries": engine.masks.active_parameters,
-            "total_parameters": sum(p.numel() for p in trainer.model.parameters()),  # type: ignore[union-attr]
+            "total_parameters": sum(param.numel() for param in model.parameters()),
             "mask_updates": len(engine.history),
             "mask_fingerprint": engine.masks.fingerprint,
             "optimizer_state_bytes": optimizer.state_bytes(),
@@ -293,7 +295,10 @@ class FinetuneRun:
         for file in sorted(saved.iterdir()):
             os.replace(file, path / file.name)
         saved.rmdir()
-        engine.masks.save(path / MASKS)
+        found = {key: results[key] for key in ("policy", "target", "pattern", "distribution")}
+        found |= {"step": results["steps"], "base_model": _name(self.settings.model_name)}
+        masks = engine.masks
+        MaskSet({name: masks.packed(name) for name in masks.names}, masks.shapes, found).save(path / MASKS)
         plot_run(trainer.state.log_history, engine, results, path / PICTURE, _name(self.settings.model_name))
         atomic_write(path / RESULTS, json.dumps(results, indent=2, allow_nan=False))
         self.folder.drop_checkpoints()

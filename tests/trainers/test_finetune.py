@@ -47,6 +47,11 @@ def test_saves_a_model_folder_with_masks_history_and_picture(
     assert not model.training
     masks = so.MaskSet.load(folder / "masks.safetensors")
     assert masks.active_parameters == round(0.25 * masks.total_parameters)
+    assert (masks.metadata["policy"], masks.metadata["step"], masks.metadata["base_model"]) == (
+        "rigl",
+        30,
+        str(tiny_folder),
+    )
     weights = dict(model.named_parameters())
     assert all(not weights[name].detach()[~masks[name]].any() for name in masks.names)
     assert not any("embed" in name or "norm" in name for name in masks.names)
