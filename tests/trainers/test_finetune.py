@@ -349,7 +349,12 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"target": "updates", "dropped": "rewind"}, {"sparsity_type": "2:4", "sparsity_ratio": 0.5}],
+    [
+        {},
+        {"target": "updates", "dropped": "rewind"},
+        pytest.param({"sparsity_type": "2:4", "sparsity_ratio": 0.5}, marks=pytest.mark.slow),
+        pytest.param({"policy": "gradual", "distribution": "erk", "dropout": 0.2}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_a_resumed_run_has_the_same_weights(
