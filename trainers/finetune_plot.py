@@ -148,7 +148,11 @@ def _gradients(axis: Any, history: Sequence[dict[str, Any]], log: Sequence[dict[
     axis.set(title="Gradient norm", ylabel="L2 norm, before clipping")
     values = [value for _, value in (*trained, *outside)]
     if values and min(values) > 0 and max(values) > 20 * min(values):
+        from matplotlib.ticker import LogFormatter
+
         axis.set_yscale("log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     else:
         axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=8)

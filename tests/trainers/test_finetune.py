@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sparseopt as so
 from sparseopt import models
 from sparseopt.trainers import finetune_callbacks, finetune_model
+from sparseopt.trainers.finetune_plot import explored
 from sparseopt.trainers.finetune_settings import parse_schedule
 
 
@@ -400,3 +401,8 @@ def test_other_data_do_not_resume(tiny_folder: Path, tmp_path: Path, killed_at: 
 def test_a_foreign_model_folder_is_left_alone(tiny_folder: Path, text_file: Path) -> None:
     with pytest.raises(ValueError, match=r"holds files that no run made \(config.json\)"):
         finetune(str(tiny_folder), text_file, tiny_folder)
+
+
+def test_explored_counts_each_entry_once() -> None:
+    history = [{"grown": 10, "regrown": 0.0}, {"grown": 8, "regrown": 0.25}, {"grown": 0, "regrown": 0.0}]
+    assert explored(history, 20) == [20, 30, 36, 36]
