@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sparseopt.runs.registry import RunManager as RunManager
     from sparseopt.semi_structured import to_semi_structured as to_semi_structured
     from sparseopt.trainers.attachment import attach as attach
+    from sparseopt.trainers.finetune import sparse_finetune as sparse_finetune
 
 # public name -> module that defines it
 _PUBLIC = {
@@ -51,6 +52,7 @@ _PUBLIC = {
     "pack_mask": "sparseopt.functional",
     "popcount": "sparseopt.functional",
     "reconstruct": "sparseopt.deltas.reconstruct",
+    "sparse_finetune": "sparseopt.trainers.finetune",
     "to_semi_structured": "sparseopt.semi_structured",
     "unpack_mask": "sparseopt.functional",
 }

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,21 +81,23 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> PreTrainedModel:
-    """Loads a causal language model in evaluation mode.
+    """Loads a causal language model, or a classifier of sequences, in evaluation mode.
 
     Args:
         name_or_path: ``smollm2``, a Hub name, or a local folder.
         dtype: "float32", "bfloat16", "float16", "auto" (as stored), or a torch dtype.
         device: where the weights go; "auto" means CUDA where there is one.
         revision: branch, tag or commit of a Hub name.
+        labels: names of classes: the model classifies sequences; a head that the weights lack is drawn at random.
 
     Raises:
         ValueError: unknown dtype.
         FileNotFoundError: no such model, or it is not cached and the Hub cannot be reached.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if isinstance(dtype, str) and dtype != "auto":
         known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,12 +105,19 @@ def load_model(
             raise ValueError(f"Unknown dtype {dtype!r}: expected one of {', '.join(known)}, auto.")
         dtype = known[dtype]
     source, options = _locate(name_or_path, revision)
+    auto: Any = AutoModelForCausalLM
+    if labels is not None:
+        auto = AutoModelForSequenceClassification
+        options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        options |= {"num_labels": len(labels)}
     with _one_sentence(name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model = auto.from_pretrained(source, dtype=dtype, **options)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval()
+    if not getattr(model, "is_quantized", False):  # such weights are where loading put them
+        model.to(torch.device(device))
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:

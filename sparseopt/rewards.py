@@ -15,21 +15,17 @@ each with a weight if need be: ``0.2*format`` or ``format*0.2``.
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
 import math
 import re
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from sparseopt._completions import CompletionsFile, completions_table, show_completions
+from sparseopt._named import find_named
 
 __all__ = [
     "BUILTIN",
@@ -246,49 +242,12 @@ def _parse(spec: str) -> tuple[str, float]:
 def _find(name: str) -> Reward:
     if name in BUILTIN:
         return BUILTIN[name]
-    place, colon, attribute = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(
             f"unknown reward {name!r}: expected one of {', '.join(BUILTIN)}, module:function or path/to/file.py:function."
         )
-    module = _module_of_file(place) if place.endswith(".py") else _module(place, name)
-    found: Any = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"reward {name!r} was not found: {place!r} has no {part!r}.")
-        found = getattr(found, part)
-    if not callable(found):
-        raise TypeError(f"reward {name!r} cannot be called: it is of type {type(found).__name__}.")
+    found: Reward = find_named(name, "reward")
     return found
-
-
-def _module(place: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and place.startswith(error.name or " ")
-        reason = "there is no such module" if missing else str(error)
-        # ImportError, not ModuleNotFoundError: the command line would take it for a part of an extra.
-        raise ImportError(f"the module {place!r} of reward {name!r} cannot be imported: {reason}.") from error
-
-
-def _module_of_file(place: str) -> ModuleType:
-    path = Path(place).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file '{place}' with reward functions.")
-    alias = f"sparseopt_rewards_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    if alias not in sys.modules:
-        spec = importlib.util.spec_from_file_location(alias, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[alias] = module  # before it runs: dataclasses and pickle look themselves up there
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[alias]
-            raise
-    return sys.modules[alias]
 
 
 def _checked(function: Reward, name: str) -> Reward:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sparseopt.trainers.delta_logger import DeltaLogger as DeltaLogger
     from sparseopt.trainers.delta_logger import parse_schedule as parse_schedule
     from sparseopt.trainers.dynamic import DynamicSparsity as DynamicSparsity
+    from sparseopt.trainers.finetune import sparse_finetune as sparse_finetune
     from sparseopt.trainers.mask_collector import MaskCollector as MaskCollector
     from sparseopt.trainers.reference import share_reference as share_reference
     from sparseopt.trainers.scoring import gradient_scores as gradient_scores
@@ -27,6 +28,7 @@ _PUBLIC = {
     "gradient_scores": "sparseopt.trainers.scoring",
     "parse_schedule": "sparseopt.trainers.delta_logger",
     "share_reference": "sparseopt.trainers.reference",
+    "sparse_finetune": "sparseopt.trainers.finetune",
     "sparse_optimizer": "sparseopt.trainers.attachment",
 }
 

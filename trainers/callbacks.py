@@ -24,7 +24,8 @@ from transformers.trainer_callback import CallbackHandler
 from sparseopt._files import atomic_write
 from sparseopt.progress import Progress
 
-__all__ = ["InterruptGuard", "MetricsFile", "StepTimer", "TrainProgress", "add_to_entry", "calling", "come_first"]
+__all__ = ["InterruptGuard", "MetricsFile", "StepTimer", "TrainProgress", "add_to_entry", "calling", "come_first",
+           "quantiles"]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -192,8 +193,8 @@ class StepTimer(TrainerCallback):
             "device": torch.cuda.get_device_name(args.device) if self._cuda else "cpu",
             "timed_steps": len(whole) - skipped,
             "warm_up_steps": skipped,
-            "step_seconds": _quantiles(whole[skipped:]),
-            "optimizer_seconds": _quantiles(optimizer[skipped:]),
+            "step_seconds": quantiles(whole[skipped:]),
+            "optimizer_seconds": quantiles(optimizer[skipped:]),
             "all_step_seconds": [round(seconds, 6) for seconds in whole],
         }
         if self._cuda:
@@ -205,7 +206,8 @@ class StepTimer(TrainerCallback):
         return {key: self._info[key] for key in ("step_seconds", "optimizer_seconds")}
 
 
-def _quantiles(seconds: list[float]) -> dict[str, float] | None:
+def quantiles(seconds: list[float]) -> dict[str, float] | None:
+    """Median, p20 and p80; None of nothing."""
     if not seconds:
         return None
     low, median, high = np.quantile(seconds, (0.2, 0.5, 0.8))

@@ -14,13 +14,6 @@ __all__ = ["RunFolder"]
 
 Config = dict[str, dict[str, Any]]
 
-# Left by a run that ended before its first checkpoint: a new run in the same folder makes its own.
-_LEFTOVERS = (
-    "before.json", "mask.safetensors", "metrics.jsonl", "completions.jsonl", "timing_info.json", "training.json",
-    "trained_entries.safetensors",
-)  # fmt: skip
-_LEFTOVER_FOLDERS = ("model", "adapter")
-
 
 class RunFolder:
     """A run folder, new or to be continued.
@@ -30,6 +23,15 @@ class RunFolder:
         checkpoint: the newest whole checkpoint to continue from, or None.
         trained: training was completed earlier; its outcome is in the folder.
     """
+
+    RECORD = "config.json"
+    REPORT = "report.md"  # where a finished run is described
+    # Left by a run that ended before its first checkpoint: a new run in the same folder makes its own.
+    LEFTOVERS: tuple[str, ...] = (
+        "before.json", "mask.safetensors", "metrics.jsonl", "completions.jsonl", "timing_info.json", "training.json",
+        "trained_entries.safetensors",
+    )  # fmt: skip
+    LEFTOVER_FOLDERS: tuple[str, ...] = ("model", "adapter")
 
     def __init__(self, path: Path, config: Config) -> None:
         """Looks at the folder and writes nothing.
@@ -53,15 +55,17 @@ class RunFolder:
                 raise ValueError(f"{str(path)!r} holds {what}: {way}.")
             return
         if not self.record.is_file():
-            raise FileNotFoundError(f"There is no run to resume in {str(path)!r}: it has no config.json.")
+            raise FileNotFoundError(f"There is no run to resume in {str(path)!r}: it has no {self.RECORD}.")
         if finished:
-            raise ValueError(f"The run in {str(path)!r} is finished, there is nothing to resume: see its report.md.")
+            raise ValueError(
+                f"The run in {str(path)!r} is finished, there is nothing to resume: see its {self.REPORT}."
+            )
         _require_same(json.loads(self.record.read_text()), self._settings, path)
         self.checkpoint, self.trained = newest, trained
 
     @property
     def record(self) -> Path:
-        return self.path / "config.json"
+        return self.path / self.RECORD
 
     def begin(self, resume: bool) -> None:
         """Makes the folder and records the settings; of a run that is continued, drops checkpoints that are not whole.
@@ -76,9 +80,9 @@ class RunFolder:
                 if self.checkpoint is None or step > _step(self.checkpoint):
                     shutil.rmtree(self.path / f"checkpoint-{step}")
             return
-        for name in _LEFTOVERS:
+        for name in self.LEFTOVERS:
             (self.path / name).unlink(missing_ok=True)
-        for name in _LEFTOVER_FOLDERS:
+        for name in self.LEFTOVER_FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for step in _checkpoints(self.path):
             shutil.rmtree(self.path / f"checkpoint-{step}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparseopt._version import __version__
-from sparseopt.cli import bench, deltas, doctor, masks, plan, project, runs, sweep, train
+from sparseopt.cli import bench, deltas, doctor, finetune, masks, plan, project, runs, sweep, train
 from sparseopt.cli._command import Command, example, group
 
 __all__ = ["app", "main"]
@@ -38,6 +38,7 @@ def _root(
 app.command("doctor", cls=Command, epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command("plan", cls=Command, epilog=plan.EXAMPLE)(plan.plan)
 app.add_typer(train.app)
+app.command("finetune", cls=Command, epilog=finetune.EXAMPLE)(finetune.finetune)
 app.add_typer(masks.app)
 app.add_typer(deltas.app)
 app.add_typer(project.app)

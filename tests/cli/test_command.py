@@ -30,6 +30,7 @@ HELP = [
     ["masks", "export"],
     ["train", "grpo"],
     ["train", "chain"],
+    ["finetune"],
     ["deltas", "reconstruct"],
     ["deltas", "patch"],
     ["deltas", "push"],

@@ -49,7 +49,8 @@ def keep_scores(
     """fp32 of the layer's shape: of the active entries the lowest leave.
 
     A pruning method is asked to prune the share that has to leave; counts being exact, |w| decides among what it prunes and
-    among what it keeps.
+    among what it keeps. An unstructured one has to prune that many, give or take the one of rounding; one that sets what it
+    keeps instead of clearing what it prunes is given a mask of zeros.
 
     Args:
         criterion: None: |w|.
@@ -59,7 +60,7 @@ def keep_scores(
         leaving: how many entries will leave.
 
     Raises:
-        ValueError: the criterion returned something of another shape.
+        ValueError: the criterion returned something of another shape, or a pruning method kept a wrong number of entries.
         TypeError: or no tensor.
     """
     weight = layer.param.detach()
@@ -76,9 +77,23 @@ def keep_scores(
     method = _method(criterion, leaving / max(1, int(active.sum())))
     kept = torch.zeros_like(active)
     verdict = _checked(layer, method.compute_mask(entries, before), entries) != 0
+    if not whole and not _pruned(verdict, leaving):
+        # Masks begin as all ones: a method that only sets what it keeps prunes nothing of them.
+        only_set = _checked(layer, method.compute_mask(entries, torch.zeros_like(before)), entries) != 0
+        if not _pruned(only_set, leaving):
+            raise ValueError(
+                f"the pruning method {type(method).__name__} kept {int(verdict.sum())} of {verdict.numel()} entries of "
+                f"{layer.name!r} where {verdict.numel() - leaving} were to stay: compute_mask() must return 0 for the "
+                "share `amount`."
+            )
+        verdict = only_set
     kept[active] = verdict[active] if whole else verdict
     # -1/|w| has the order of |w|, below every kept entry.
     return torch.where(kept, magnitude, -1 / magnitude)
+
+
+def _pruned(verdict: Tensor, leaving: int) -> bool:
+    return abs(verdict.numel() - int(verdict.sum()) - leaving) <= 1
 
 
 def _method(criterion: Any, amount: float) -> Any:
