@@ -36,6 +36,7 @@ from sparseopt._files import atomic_write
 from sparseopt.benchmarks import train_results
 from sparseopt.benchmarks.projection import WARM_UP, check
 from sparseopt.progress import Progress, announce_device
+from sparseopt.projection.graph import GraphedProjection
 
 __all__ = ["gram_errors", "main", "measure"]
 
@@ -69,6 +70,18 @@ def ours(model: Any, tokens: Tensor, settings: dict[str, Any], seed: int) -> Pas
         return projector.collect()
 
     return run
+
+
+def ours_compiled(model: Any, tokens: Tensor, settings: dict[str, Any], seed: int) -> Pass:
+    model.base_model.compile()
+    return ours(model, tokens, settings, seed)
+
+
+def ours_graphed(model: Any, tokens: Tensor, settings: dict[str, Any], seed: int) -> Pass:
+    projector = so.GradientProjector(model, settings["layers"], settings["rank_total"], seed=seed, dtype="float32")
+    projector.__enter__()
+    graph, everything = GraphedProjection(projector, *tokens.shape), torch.ones_like(tokens)
+    return lambda: graph(tokens, everything)[0]
 
 
 def logra(model: Any, tokens: Tensor, settings: dict[str, Any], seed: int) -> Pass:
@@ -126,11 +139,13 @@ def bergson(model: Any, tokens: Tensor, settings: dict[str, Any], seed: int) -> 
 
 # dattri and bergson: as far as they are installed.
 ARMS: dict[str, Callable[..., Pass]] = {"plain": plain, "dattri LoGra": logra, "bergson": bergson, "sparseopt": ours}
+# Peers patch and hook Python: they have no such modes.
+MODES = {"compiled": ours_compiled, "graph": ours_graphed}
 PEERS = {"dattri LoGra": "dattri", "bergson": "bergson"}
 
 
 def installed() -> dict[str, Callable[..., Pass]]:
-    """The arms that can run here."""
+    """The arms that can run here, all eager."""
     return {name: arm for name, arm in ARMS.items() if name not in PEERS or importlib.util.find_spec(PEERS[name])}
 
 
@@ -138,7 +153,7 @@ def measure(model: Any, tokens: Tensor, settings: dict[str, Any]) -> dict[str, A
     """Arm -> ``milliseconds`` (median, p20, p80), ``tokens_per_second``, and on a GPU ``peak_bytes`` (weights included)."""
     device, cuda = tokens.device, tokens.device.type == "cuda"
     own = sum(p.numel() * p.element_size() for p in model.parameters())
-    arms = installed()
+    arms = installed() | {f"sparseopt, {mode}": MODES[mode] for mode in settings.get("modes", ())}
     models = {name: copy.deepcopy(model) for name in arms}
     runs = {name: build(models[name], tokens, settings, 42) for name, build in arms.items()}
     times: dict[str, list[float]] = {name: [] for name in arms}
@@ -213,6 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=5, help="of the matrices, for the Gram error")
+    parser.add_argument(
+        "--modes", nargs="*", default=[], choices=MODES, help="of sparseopt's passes, beside eager ones"
+    )
     parser.add_argument("--gram_seq", type=int, help="tokens of a sample for the Gram error (default: --seq)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, metavar="FILE", help="store JSON there")
@@ -238,7 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (options.batch, options.seq), generator=generator).to(device)
-    settings = {"layers": options.layers, "rank_total": options.rank_total, "rounds": options.rounds}
+    settings = {"layers": options.layers, "rank_total": options.rank_total, "rounds": options.rounds,
+                "modes": options.modes}  # fmt: skip
     errors = check(model, tokens, {**settings, "mode": "eager"})  # refuses to time what is wrong
     with contextlib.redirect_stdout(sys.stderr):  # the peer talks
         arms = measure(model, tokens, settings)
@@ -252,7 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         **{PEERS[name]: importlib.metadata.version(PEERS[name]) for name in peers}},
         **errors, "arms": arms,
         "tokens_per_second_ratio": {
-            name: round(arms["sparseopt"]["tokens_per_second"] / arms[name]["tokens_per_second"], 3) for name in peers
+            name: {peer: round(arms[name]["tokens_per_second"] / arms[peer]["tokens_per_second"], 3) for peer in peers}
+            for name in arms if name.startswith("sparseopt")
         },
     }  # fmt: skip
     print(json.dumps(result, indent=1))

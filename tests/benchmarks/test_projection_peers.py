@@ -76,12 +76,14 @@ def test_a_run_beside_a_peer(
 
     monkeypatch.setattr(peers, "ARMS", {"plain": peers.plain, "peer": peer, "missing": peer, "sparseopt": peers.ours})
     monkeypatch.setattr(peers, "PEERS", {"peer": "numpy", "missing": "no_such_library"})
-    peers.main([*TINY, "--output", str(tmp_path / "peers.json")])
+    monkeypatch.setattr(peers, "MODES", {"compiled": peers.ours})
+    peers.main([*TINY, "--modes", "compiled", "--output", str(tmp_path / "peers.json")])
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((tmp_path / "peers.json").read_text())
-    assert list(result["arms"]) == ["plain", "peer", "sparseopt"]
+    assert list(result["arms"]) == ["plain", "peer", "sparseopt", "sparseopt, compiled"]
     for name in ("peer", "sparseopt"):
         assert 0 < result["arms"][name]["gram_error_scaled"] < 3
-    fast = result["arms"]["sparseopt"]["tokens_per_second"] / result["arms"]["peer"]["tokens_per_second"]
-    assert result["tokens_per_second_ratio"] == {"peer": pytest.approx(fast, abs=1e-3)}
+    for name in ("sparseopt", "sparseopt, compiled"):
+        fast = result["arms"][name]["tokens_per_second"] / result["arms"]["peer"]["tokens_per_second"]
+        assert result["tokens_per_second_ratio"][name] == {"peer": pytest.approx(fast, abs=1e-3)}
     assert "numpy" in result["environment"]
