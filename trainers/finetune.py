@@ -69,7 +69,7 @@ def sparse_finetune(
     resume: bool = False,
     device: str = "auto",
 ) -> PreTrainedModel:
-    """Fine-tunes a model whose linear layers are sparse, and go on looking for better connections.
+    """Fine-tunes a model whose linear layers are sparse, with masks that look for better connections all the while.
 
     Element masks save optimizer state, not multiplications: a step is about as long as a dense one. ``results.json`` says what
     was measured.

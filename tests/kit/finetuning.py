@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -37,3 +38,15 @@ def finetune(model: Any, data: Any, folder: Path, **changes: Any) -> Any:
 def same_weights(first: Any, second: Any) -> bool:
     ours, theirs = first.state_dict(), second.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def records(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "mask_history.json").read_text())
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def first_masks(folder: Path) -> so.MaskSet:
+    return so.MaskSet.load(folder / "masks.safetensors")
