@@ -116,7 +116,9 @@ def build_model(config: Config, tokenizer: Any, *, own: bool) -> PreTrainedModel
     architecture = _architecture(settings, tokenizer, own)
     _initializer_range(architecture, config)
     model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
-    if model.loss_type is None:  # GPT-2's class is not named as others are, which transformers would remark
+    if model.loss_type is None:
+        # GPT-2's class is not named as others are. Left so, the trainer would count the labels of a sequence without the
+        # shift by one, and losses and gradients would be too small by 1/context_length.
         model.loss_type = "ForCausalLM"
     if config["run"]["init_type"] == "gaussian":
         _gaussian(model, config["initialization"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,8 @@ def lm(
     from sparseopt.trainers.lm import train
 
     folder = train(settings, given, base_dir, resume=resume)
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes reports
+        return
     if json:
         print_json({"run_id": folder.name, "output_dir": str(folder)})
     else:
