@@ -35,7 +35,9 @@ ONE_STEP = {
 
 def entries(folder: Path, key: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "second" not in k and "runtime" not in k} for line in lines if key in line]
+    return [
+        {k: v for k, v in line.items() if "second" not in k and "runtime" not in k} for line in lines if key in line
+    ]
 
 
 def equal_checkpoints(a: Path, b: Path) -> bool:
@@ -43,7 +45,7 @@ def equal_checkpoints(a: Path, b: Path) -> bool:
     pairs = [(load_file(folder / "model.safetensors") for folder in (a, b)), (gradients(folder) for folder in (a, b))]
     states = [lm_checkpoints.states_of(folder) for folder in (a, b)]
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        pairs.append(torch.load(folder / name, weights_only=False) for folder in states)  # noqa: PERF401
+        pairs.append(torch.load(folder / name, weights_only=False) for folder in states)
     return all(same(*pair) for pair in pairs)
 
 
@@ -161,7 +163,9 @@ def test_sparse_adamw_trains_the_entries_of_a_mask(tmp_path: Path) -> None:
 
 
 def test_without_bias_correction_the_first_step_is_the_formula(tmp_path: Path) -> None:
-    folder = run(tmp_path, training__correct_bias=False, training__learning_rate=0.01, optimizer__max_grad_norm=0, **ONE_STEP)
+    folder = run(
+        tmp_path, training__correct_bias=False, training__learning_rate=0.01, optimizer__max_grad_norm=0, **ONE_STEP
+    )
     settings, _ = config.load_open(schemas.LM, None, settings_of(tmp_path, **ONE_STEP))
     tokenizer, _ = lm_model.load_tokenizer(settings["model"])
     set_seed(42)
@@ -251,7 +255,9 @@ def test_killed_before_the_final_checkpoint(straight: Path, tmp_path: Path, monk
     assert (row["status"], row["error"]) == ("failed", "OSError: disk full")
     folder = run(source, base_dir=base, resume=row["run_id"])
     assert equal_checkpoints(straight / "final_checkpoint", folder / "final_checkpoint")
-    assert manager.get_run(folder.name)["metrics"]["final_valid_loss"] == entries(straight, "eval_loss")[-1]["eval_loss"]
+    assert (
+        manager.get_run(folder.name)["metrics"]["final_valid_loss"] == entries(straight, "eval_loss")[-1]["eval_loss"]
+    )
 
 
 @pytest.mark.slow
@@ -288,7 +294,10 @@ def test_sigkill_and_resume_by_the_command(straight: Path, tmp_path: Path) -> No
         ({"data__dataset_size": "many"}, "data.dataset_size must be a number of tokens such as '10M'"),
         ({"data__dataset_size": 40}, "of which none is left to train on"),
         ({"model__config": "{n_layers: 2}"}, "model.config has 'n_layers', .* did you mean 'n_layer'"),
-        ({"model__pretrained": True, "model__config": "{n_layer: 1}"}, "which weights of model.pretrained do not follow"),
+        (
+            {"model__pretrained": True, "model__config": "{n_layer: 1}"},
+            "which weights of model.pretrained do not follow",
+        ),
         ({"initialization__init_mean": 0.5}, "needs run.init_type gaussian"),
         ({"optimizer__capture_gradients": True}, "turn one of them off"),
         ({"optimizer__name": "adamw", "optimizer__mask": "x"}, "optimizer.mask needs the optimizer sparse_adamw"),
