@@ -193,7 +193,7 @@ class LmRun:
         settings, checkpoints = self.settings, self.settings["checkpoints"]
         layout = Layout(self.folder, settings["training"]["save_steps"], data=about, **checkpoints)
         if held_out is None:
-            arguments.eval_strategy = "no"  # type: ignore[assignment]
+            arguments.eval_strategy = "no"
         trainer = LmTrainer(
             model=model, args=arguments, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer,
             data_collator=default_data_collator, layout=layout, guard=guard,

@@ -146,7 +146,7 @@ class LmTrainer(Trainer):
         layout = self.layout
         self.write(layout.folder / f"checkpoint_{self.state.global_step}")
         if self.args.should_save:
-            losses = {e["step"]: e["eval_loss"] for e in self.state.log_history if "eval_loss" in e}
+            losses = {int(e["step"]): e["eval_loss"] for e in self.state.log_history if "eval_loss" in e}
             lm_checkpoints.retain(layout.folder, losses, layout.keep_last, layout.keep_best, layout.keep_every)
 
     def write(self, target: Path) -> None:

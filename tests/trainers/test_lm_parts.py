@@ -96,6 +96,24 @@ def test_a_large_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     assert 3000 <= sum(pieces) < 6000
 
 
+def test_tokens_of_large_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the file, the limit or the tokenizer is another."""
+    text = write_text(tmp_path / "large.txt").read_text()
+    monkeypatch.setattr(lm_data, "CACHED_BYTES", 1000)
+    monkeypatch.setenv("SPARSEOPT_CACHE", str(tmp_path / "cache"))
+    runs: list[int | None] = []
+    real = lm_data._tokenized
+    monkeypatch.setattr(lm_data, "_tokenized", lambda *args: runs.append(args[3]) or real(*args))  # type: ignore[func-returns-value]
+    data: dict[str, Any] = {"data__dataset_path": tmp_path / "large.txt", "data__valid_fraction": 0}
+    for size, expected, count in (("1K", 1000, 1), ("1K", 1000, 1), ("2K", 2000, 2), ("1K", 1000, 2)):
+        assert blocks(tmp_path, **data, data__dataset_size=size)[0] == tokens_of(text)[:expected]
+        assert len(runs) == count
+    (tmp_path / "large.txt").write_text(text[1:])
+    assert blocks(tmp_path, **data, data__dataset_size="1K")[0] == tokens_of(text)[1:1001]
+    assert len(runs) == 3
+    assert len(list((tmp_path / "cache" / "tokens").glob("*.npy"))) == 3
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 def built(folder: Path, **changes: Any) -> Any:
     values = settings(folder, **changes)
