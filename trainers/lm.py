@@ -166,24 +166,26 @@ class LmRun:
             f"{len(held_out) if held_out else 0:,} held out."
         )
         guard, progress = InterruptGuard(), TrainProgress()
-        trainer = self._trainer(arguments, model, tokenizer, data, held_out, about, guard)
-        if self.first:
-            trainer.add_callback(progress)
-            trainer.add_callback(MetricsFile(self.folder / LOG, ("loss", "eval_loss")))
-            trainer.add_callback(_Books(self.manager, run_id))
-        if states is not None:
-            self._say(f"Going on from {states.parent}.")
-        self._metrics(run_id, parameters=count, tokenizer=tokenizer_name)
-        if not self._finished(trainer, states, held_out):
-            try:
-                with guard, tracking(settings["tracking"]["project"] or "sparseopt-lm", self.folder):
-                    trainer.train(resume_from_checkpoint=None if states is None else str(states))
-            except BaseException as error:
-                progress.close(error)
-                raise
-            if guard.interrupted and trainer.state.global_step < trainer.state.max_steps:
-                raise KeyboardInterrupt
-            trainer.write(self.folder / lm_checkpoints.FINAL)
+        # Trackers look at the environment when the trainer is made.
+        with tracking(settings["tracking"]["project"] or "sparseopt-lm", self.folder):
+            trainer = self._trainer(arguments, model, tokenizer, data, held_out, about, guard)
+            if self.first:
+                trainer.add_callback(progress)
+                trainer.add_callback(MetricsFile(self.folder / LOG, ("loss", "eval_loss")))
+                trainer.add_callback(_Books(self.manager, run_id))
+            if states is not None:
+                self._say(f"Going on from {states.parent}.")
+            self._metrics(run_id, parameters=count, tokenizer=tokenizer_name)
+            if not self._finished(trainer, states):
+                try:
+                    with guard:
+                        trainer.train(resume_from_checkpoint=None if states is None else str(states))
+                except BaseException as error:
+                    progress.close(error)
+                    raise
+                if guard.interrupted and trainer.state.global_step < trainer.state.max_steps:
+                    raise KeyboardInterrupt
+                trainer.write(self.folder / lm_checkpoints.FINAL)
         self._report(run_id, trainer.state, time.monotonic() - began)
 
     def _trainer(
@@ -204,7 +206,7 @@ class LmRun:
         if self.masks is not None or biased or settings["optimizer"]["name"] == "sparse_adamw":
             optimizer = settings["optimizer"]
             capture = optimizer["capture_gradients"]
-            masks = self.masks or so.MaskSet.full_like(model)
+            masks = so.MaskSet.full_like(model) if self.masks is None else self.masks
             options: dict[str, Any] = {} if capture is not False and not checkpoints["gradients"] else {
                 "capture_gradients": False
             }  # fmt: skip
@@ -216,8 +218,8 @@ class LmRun:
                 self._say(f"Training {masks.active_parameters:,} of {masks.total_parameters:,} weights under the mask.")
         return trainer
 
-    def _finished(self, trainer: LmTrainer, states: Path | None, held_out: Any) -> bool:
-        """Whether a checkpoint is the end already: then it is evaluated and becomes the final one."""
+    def _finished(self, trainer: LmTrainer, states: Path | None) -> bool:
+        """Whether a checkpoint is the end already: then it becomes the final one, with the evaluation it had."""
         if states is None:
             return False
         state = TrainerState.load_from_json(str(states / lm_checkpoints.STATE))
@@ -263,8 +265,8 @@ class LmRun:
         )
         sequences = self.micro * self.accumulation * arguments.world_size
         self._say(
-            f"Batches: {sequences:,} sequences a step, {self.accumulation} micro-batches of {self.micro}"
-            + (f" in each of {arguments.world_size} processes." if arguments.world_size > 1 else ".")
+            f"Batches: {sequences:,} sequences a step, {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of "
+            f"{self.micro}" + (f" in each of {arguments.world_size} processes." if arguments.world_size > 1 else ".")
         )
         return arguments
 
