@@ -209,7 +209,7 @@ def _cached(source: list[Path] | str, settings: dict[str, Any], tokenizer: Any, 
             tokens = _tokenized(source, settings, tokenizer, limit)
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.save(file, tokens)
-    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+    return np.load(path, mmap_mode="r")
 
 
 def _tokenized(source: list[Path] | str, settings: dict[str, Any], tokenizer: Any, limit: int | None) -> np.ndarray:
