@@ -25,7 +25,7 @@ SkipFlag = Annotated[bool, typer.Option("--skip_failed", help="Do not try again 
     "run",
     cls=Command,
     epilog=example(
-        "sparseopt sweep run base.yaml sweep.yaml --command 'python train.py {config}' --jobs 2",
+        "sparseopt sweep run configs/train_config.yaml configs/sweep_config.yaml --jobs 2",
         "sparseopt sweep run base.yaml sweep.yaml --dry_run",
         "sparseopt sweep run base.yaml sweep.yaml --command 'python my_training.py {config} --output {run_dir}'",
     ),
@@ -38,7 +38,8 @@ def run(
         str | None,
         typer.Option(
             "--command",
-            help="What to run, with {config}, {run_dir}, {run_id}, {base_dir}, {python} filled in.",
+            help="What to run, with {config}, {run_dir}, {run_id}, {base_dir}, {python} filled in"
+            " (default: sparseopt train lm --config {config}).",
         ),
     ] = None,
     skip_failed: SkipFlag = False,
@@ -53,10 +54,8 @@ def run(
     """
     from sparseopt.runs import launching, sweeps
 
-    if command is None and not dry_run:
-        raise typer.BadParameter("--command is needed: what each run starts, such as 'python train.py {config}'.")
     try:
-        words = [] if command is None else launching.split_command(command)
+        words = launching.split_command(launching.DEFAULT_COMMAND if command is None else command)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     spec, base = sweeps.read_sweep(sweep), sweeps.read_config(config)

@@ -31,6 +31,7 @@ HELP = [
     ["train", "grpo"],
     ["train", "chain"],
     ["finetune"],
+    ["train", "lm"],
     ["deltas", "reconstruct"],
     ["deltas", "patch"],
     ["deltas", "push"],
