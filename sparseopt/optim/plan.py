@@ -88,12 +88,13 @@ class IndexPlan:
 
     @staticmethod
     def build(packed: Sequence[Tensor | None], numels: Sequence[int]) -> IndexPlan:
-        """Plan on the CPU from packed masks.
+        """Plan from packed masks, where they are.
 
         Args:
-            packed: per tensor uint8[ceil(n/8)] on the CPU, or None where every entry is active.
+            packed: per tensor uint8[ceil(n/8)], all on one device, or None where every entry is active.
             numels: per tensor n.
         """
+        device = next((mask.device for mask in packed if mask is not None), torch.device("cpu"))
         found = [None if mask is None else _runs(mask, numel) for mask, numel in zip(packed, numels, strict=True)]
         # What is fully active needs no offsets.
         found = [
@@ -101,15 +102,18 @@ class IndexPlan:
             for item, numel in zip(found, numels, strict=True)
         ]
         dtype = _offset_dtype([item for item in found if item is not None])
-        offsets: list[Tensor] = [torch.zeros(1, dtype=dtype)]  # offset 0, shared by all contiguous chunks
+        offsets: list[Tensor] = [
+            torch.zeros(1, dtype=dtype, device=device)
+        ]  # offset 0, shared by all contiguous chunks
         rows: list[Tensor] = []
         counts, starts, runs, first_chunk = [], [0], [], [0]
         stored = 1
         for tensor, (item, numel) in enumerate(zip(found, numels, strict=True)):
             if item is None:
-                run, count, table = 0, numel, _contiguous(numel, CHUNK[dtype])
+                run, count, table = 0, numel, _contiguous(numel, CHUNK[dtype], device)
             else:
                 run, indices = item
+                found[tensor] = None  # all tensors' indices at once take more than the plan
                 count = indices.numel() * run
                 table, relative = _chunked(indices, run, dtype)
                 table[:, 4] += stored
@@ -122,7 +126,7 @@ class IndexPlan:
             counts.append(count)
             starts.append(starts[-1] + count)
             first_chunk.append(first_chunk[-1] + len(table))
-        chunks = torch.cat(rows) if rows else torch.empty(0, 6, dtype=torch.int64)
+        chunks = torch.cat(rows) if rows else torch.empty(0, 6, dtype=torch.int64, device=device)
         common = min((run or 64 for run, count in zip(runs, counts, strict=True) if count), default=1)
         return IndexPlan(
             tuple(numels), tuple(counts), tuple(starts), tuple(runs), torch.cat(offsets), chunks, tuple(first_chunk),
@@ -131,14 +135,14 @@ class IndexPlan:
 
 
 def _table(start: Tensor, count: Tensor) -> Tensor:
-    table = torch.zeros(start.numel(), 6, dtype=torch.int64)
+    table = torch.zeros(start.numel(), 6, dtype=torch.int64, device=start.device)
     table[:, 2], table[:, 3] = start, count
     return table
 
 
-def _contiguous(numel: int, size: int) -> Tensor:
+def _contiguous(numel: int, size: int, device: torch.device) -> Tensor:
     """Chunks of a fully active tensor: base only, one run as long as the chunk."""
-    start = torch.arange(0, numel, size)
+    start = torch.arange(0, numel, size, device=device)
     table = _table(start, (numel - start).clamp(max=size))
     table[:, 1] = start
     table[:, 5] = size.bit_length() - 1
@@ -167,7 +171,7 @@ def _may_have_runs(packed: Tensor) -> bool:
 def _cuts(indices: Tensor, run: int, dtype: torch.dtype) -> Tensor:
     """Where chunks begin: every CHUNK entries, and within chunks that span too much also at multiples of the span."""
     total, per_chunk, bits = indices.numel(), CHUNK[dtype] // run, SPAN_BITS[dtype]
-    cuts = torch.arange(0, total, per_chunk)
+    cuts = torch.arange(0, total, per_chunk, device=indices.device)
     last = indices[(cuts + per_chunk).clamp(max=total) - 1].long() + (run - 1)
     wide = (last - indices[cuts].long()) >> bits != 0
     if bool(wide.any()):
@@ -190,9 +194,9 @@ def _offset_dtype(found: Sequence[tuple[int, Tensor]]) -> torch.dtype:
 def _chunked(indices: Tensor, run: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows (with index_start and start counted from 0) and offsets for sorted first indices of runs."""
     cuts = _cuts(indices, run, dtype)
-    ends = torch.cat([cuts[1:], torch.tensor([indices.numel()])])[: cuts.numel()]
+    ends = torch.cat([cuts[1:], cuts.new_full((1,), indices.numel())])[: cuts.numel()]
     table = _table(cuts * run, (ends - cuts) * run)
     base = indices[cuts].long() + (1 << 15 if dtype == torch.int16 else 0)
     table[:, 1], table[:, 4], table[:, 5] = base, cuts, run.bit_length() - 1
-    relative = indices - torch.repeat_interleave(base, ends - cuts).to(indices.dtype)
-    return table, relative.to(dtype)
+    bases = torch.repeat_interleave(base.to(indices.dtype), ends - cuts, output_size=indices.numel())
+    return table, (indices - bases).to(dtype)

@@ -113,8 +113,6 @@ class SparseAdamW(Optimizer):
         self._saved: dict[str, Saved] = {}
         # Packed masks that update_masks() was given and that are in force: what the next change starts from.
         self._known: dict[str, Tensor | None] = {}
-        # Packed masks that are being replaced, while update_masks() works.
-        self._changing: dict[str, Tensor] = {}
         self._dirty = True
         self._glance: list[tuple[int, int, int, bool]] = []
         # What the arenas were built for: amsgrad, and (id, group, device, dtype) of every parameter.
@@ -218,7 +216,7 @@ class SparseAdamW(Optimizer):
             )  # fmt: skip
             for t, name in enumerate(names):
                 if name in saved:
-                    arena.adopt(t, saved[name], masks[name])
+                    arena.adopt(t, saved[name])
                 slots[params[t]] = (arena, t)
             arenas.append(arena)
         self._arenas, self._slots, self._masks, self._saved, self._dirty = arenas, slots, {}, {}, False
@@ -231,12 +229,8 @@ class SparseAdamW(Optimizer):
             self._capture.restore(pending)
 
     def _extract(self) -> dict[str, Saved]:
-        """The state as it stands, by name; with the mask it is for where a new one is waiting."""
-        result = {}
-        for arena in self._arenas:
-            for t, name in enumerate(arena.names):
-                result[name] = Saved(arena.state(t), self._changing.get(name))
-        return result
+        """The state as it stands, by name."""
+        return {name: Saved(arena.state(t)) for arena in self._arenas for t, name in enumerate(arena.names)}
 
     # ---- the step ------------------------------------------------------------------------------------------------------
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -342,18 +336,17 @@ class SparseAdamW(Optimizer):
         if not self._arenas:  # nothing is allocated yet, and need not be for masks that will not be used
             self._masks.update({name: given.packed(name) for name in given.names})
             return
-        everything = MaskSet.full_like({name: params[name] for name in given.names})
-        for name, bits in self._current_masks().items():
-            if name in given:
-                self._changing[name] = everything.packed(name) if bits is None else bits
-        self._left.before_update(self, given, self._changing)
-        self._masks = {name: given.packed(name) for name in given.names}
-        self._dirty = True
-        self._build()
+        # Known from now on, so that the next change rebuilds no mask from its indices.
+        self._known = self._current_masks()
+        old = {name: self._known[name] for name in given.names}
+        self._left.before_update(self, given, old)
         self._known.update({name: given.packed(name) for name in given.names})
-        self._changing = {}
         for arena in self._arenas:
-            self._left.take_back(arena)
+            if any(name in given for name in arena.names):
+                arena.change_masks([self._known[name] for name in arena.names])
+                self._left.take_back(arena)
+        for param, (arena, t) in self._slots.items():
+            self.state[param] = arena.state(t)
 
     @torch.no_grad()
     def sync_from_params(self) -> None:
