@@ -15,6 +15,8 @@ from sparseopt.reference import join_master, split_master
 
 __all__ = ["Arena", "Saved"]
 
+# Entries (and the rest of their tensor) that follow new masks in one launch: more make fewer launches, and need more memory.
+ENTRIES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}
 # Cohorts are numbered in a byte; beyond that the two oldest, whose bias corrections are nearly equal, become one.
 MAX_COHORTS = 256
 
@@ -47,8 +49,6 @@ class Arena:
     """
 
     PER_ENTRY = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "residual", "master", "cohorts", "base")
-    # What follows new masks in one launch: no more than 4 (fp64: 8) bytes an entry exist twice at any moment.
-    TOGETHER = (("exp_avg",), ("exp_avg_sq",), ("max_exp_avg_sq",), ("master",), ("residual", "cohorts"), ("base",))
 
     def __init__(
         self,
@@ -314,14 +314,16 @@ class Arena:
 
     # ---- other masks ---------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def change_masks(self, packed: Sequence[Tensor | None]) -> None:
+    def change_masks(self, packed: Sequence[Tensor | None], changed: Sequence[int]) -> None:
         """Other entries are active from now on.
 
-        Survivors keep all they have, whatever the number of tensors in one launch for each kind of state, of which no two
-        exist twice at a time. New entries have zero moments, age 0, and the weight that is there as master and base.
+        Survivors keep all they have; new entries have zero moments, age 0, and the weight that is there as master and base.
+        ``ENTRIES_AT_ONCE`` entries take one launch, whatever the number of tensors, and only they exist twice at a time
+        (where the number of active entries changes: all, one kind of state after the other).
 
         Args:
             packed: of every tensor, None: all active.
+            changed: positions of the tensors whose mask may be another one.
         """
         old, self.plan = (
             self.plan,
@@ -330,15 +332,20 @@ class Arena:
             ),
         )
         born = self._new_cohort()
-        for names in self.TOGETHER:
-            here = [name for name in names if getattr(self, name) is not None]
-            sources = [getattr(self, name) for name in here]
-            targets = [
-                self._of_new_entries(name, source.dtype, born) for name, source in zip(here, sources, strict=True)
-            ]
-            functional.remap_entries_(targets, sources, self.plan, old)
-            for name, target in zip(here, targets, strict=True):
-                setattr(self, name, target)
+        kinds = [name for name in self.PER_ENTRY if getattr(self, name) is not None]
+        # Where no tensor's count changes, entries move within their own tensor's part of the arena.
+        in_place = old.starts == self.plan.starts
+        for first, last in self._spans(changed) if in_place else [(0, old.tensors)]:
+            here, there = self.plan.part(first, last), old.part(first, last)
+            for names in [kinds] if in_place else [[name] for name in kinds]:
+                sources = [getattr(self, name)[old.starts[first] : old.starts[last]] for name in names]
+                targets = [self._of_new_entries(name, born, first, last) for name in names]
+                functional.remap_entries_(targets, sources, here, there)
+                for name, source, target in zip(names, sources, targets, strict=True):
+                    if in_place:
+                        source.copy_(target)
+                    else:
+                        setattr(self, name, target)
         if self.cohorts is not None and self.births is not None and not bool((self.cohorts == born).any()):
             self.births = self.births[:, :born].contiguous()  # nothing was new
             if born == 1:
@@ -348,6 +355,17 @@ class Arena:
         )
         self.compact = None
         self._seen = []
+
+    def _spans(self, changed: Sequence[int]) -> list[tuple[int, int]]:
+        """(first, last + 1) of tensors that take a launch together: all changed ones, and others in between."""
+        most, spans = ENTRIES_AT_ONCE.get(self.device.type, 1 << 25), list[tuple[int, int]]()
+        for tensor in sorted(changed):
+            first = spans[-1][0] if spans else tensor
+            if spans and self.plan.starts[tensor + 1] - self.plan.starts[first] <= most:
+                spans[-1] = (first, tensor + 1)
+            else:
+                spans.append((tensor, tensor + 1))
+        return spans
 
     def _new_cohort(self) -> int:
         """The number of a cohort that is born now; 0 where no entry is any older."""
@@ -362,12 +380,15 @@ class Arena:
         self.births = torch.cat([self.births, self.steps[:, None]], 1)
         return self.births.shape[1] - 1
 
-    def _of_new_entries(self, name: str, dtype: torch.dtype, born: int) -> Tensor:
-        """A kind of state as if every active entry were new."""
+    def _of_new_entries(self, name: str, born: int, first: int, last: int) -> Tensor:
+        """A kind of state of the tensors ``first .. last - 1`` as if every active entry were new."""
+        count, dtype = self.plan.starts[last] - self.plan.starts[first], getattr(self, name).dtype
         if name not in ("master", "base"):
-            return torch.full((self.plan.active,), born if name == "cohorts" else 0, dtype=dtype, device=self.device)
-        weights = torch.empty(self.plan.active, dtype=self.state_dtype, device=self.device)
-        functional.gather_grads_(weights, self._contiguous([True] * self.plan.tensors)[0], self.plan)
+            return torch.full((count,), born if name == "cohorts" else 0, dtype=dtype, device=self.device)
+        part, weights = self.plan.part(first, last), torch.empty(count, dtype=self.state_dtype, device=self.device)
+        views = [param.detach().contiguous() for param in self.params[first:last]]
+        part.chunks[:, 0] -= first
+        functional.gather_grads_(weights, views, part)
         return weights.to(dtype)
 
 

@@ -80,6 +80,17 @@ class IndexPlan:
         rows = self.chunks[self.first_chunk[tensor] : self.first_chunk[tensor + 1]]
         return arena_positions(self.indices, rows, self.counts[tensor])
 
+    def part(self, first: int, last: int) -> IndexPlan:
+        """The plan of the tensors ``first .. last - 1``, whose arena begins at 0; tensors keep their numbers in ``chunks``."""
+        chunks = self.chunks[self.first_chunk[first] : self.first_chunk[last]].clone()
+        chunks[:, 2] -= self.starts[first]
+        start, row = self.starts[first], self.first_chunk[first]
+        return IndexPlan(
+            self.numels[first:last], self.counts[first:last], tuple(s - start for s in self.starts[first : last + 1]),
+            self.runs[first:last], self.indices, chunks, tuple(r - row for r in self.first_chunk[first : last + 1]),
+            self.run,
+        )  # fmt: skip
+
     def to(self, device: torch.device) -> IndexPlan:
         if self.indices.device == device:
             return self

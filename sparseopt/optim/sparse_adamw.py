@@ -342,8 +342,9 @@ class SparseAdamW(Optimizer):
         self._left.before_update(self, given, old)
         self._known.update({name: given.packed(name) for name in given.names})
         for arena in self._arenas:
-            if any(name in given for name in arena.names):
-                arena.change_masks([self._known[name] for name in arena.names])
+            changed = [t for t, name in enumerate(arena.names) if name in given]
+            if changed:
+                arena.change_masks([self._known[name] for name in arena.names], changed)
                 self._left.take_back(arena)
         for param, (arena, t) in self._slots.items():
             self.state[param] = arena.state(t)
