@@ -137,7 +137,7 @@ class IndexPlan:
             counts.append(count)
             starts.append(starts[-1] + count)
             first_chunk.append(first_chunk[-1] + len(table))
-        chunks = torch.cat(rows) if rows else torch.empty(0, 6, dtype=torch.int64, device=device)
+        chunks = torch.cat(rows) if rows else torch.empty(0, 6, dtype=torch.int64)
         common = min((run or 64 for run, count in zip(runs, counts, strict=True) if count), default=1)
         return IndexPlan(
             tuple(numels), tuple(counts), tuple(starts), tuple(runs), torch.cat(offsets), chunks, tuple(first_chunk),
