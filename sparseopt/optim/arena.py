@@ -11,6 +11,7 @@ from torch import Tensor
 from sparseopt import _backend, functional
 from sparseopt._schema import TensorList
 from sparseopt.optim.plan import IndexPlan
+from sparseopt.optim.plan_on_device import build_on_device
 from sparseopt.reference import join_master, split_master
 
 __all__ = ["Arena", "Saved"]
@@ -325,12 +326,11 @@ class Arena:
             packed: of every tensor, None: all active.
             changed: positions of the tensors whose mask may be another one.
         """
-        old, self.plan = (
-            self.plan,
-            IndexPlan.build([None if mask is None else mask.to(self.device) for mask in packed], self.plan.numels).to(
-                self.device
-            ),
-        )
+        old = self.plan
+        if self.device.type == "cpu":
+            self.plan = IndexPlan.build(packed, old.numels)
+        else:
+            self.plan = build_on_device(packed, old.numels, self.device)
         born = self._new_cohort()
         kinds = [name for name in self.PER_ENTRY if getattr(self, name) is not None]
         # Where no tensor's count changes, entries move within their own tensor's part of the arena.

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparseopt import functional
 from sparseopt.reference import arena_positions
 
-__all__ = ["CHUNK", "IndexPlan"]
+__all__ = ["CHUNK", "IndexPlan", "contiguous_rows"]
 
 # Arena entries per chunk at most, by the dtype of the offsets: powers of two. A chunk is the unit of work of a thread
 # block, and of a thread's share on the CPU.
@@ -121,7 +121,7 @@ class IndexPlan:
         stored = 1
         for tensor, (item, numel) in enumerate(zip(found, numels, strict=True)):
             if item is None:
-                run, count, table = 0, numel, _contiguous(numel, CHUNK[dtype], device)
+                run, count, table = 0, numel, contiguous_rows(numel, CHUNK[dtype], device)
             else:
                 run, indices = item
                 found[tensor] = None  # all tensors' indices at once take more than the plan
@@ -151,7 +151,7 @@ def _table(start: Tensor, count: Tensor) -> Tensor:
     return table
 
 
-def _contiguous(numel: int, size: int, device: torch.device) -> Tensor:
+def contiguous_rows(numel: int, size: int, device: torch.device) -> Tensor:
     """Chunks of a fully active tensor: base only, one run as long as the chunk."""
     start = torch.arange(0, numel, size, device=device)
     table = _table(start, (numel - start).clamp(max=size))
