@@ -111,7 +111,7 @@ class SparseAdamW(Optimizer):
         # What the next build uses: packed masks by name (None: all active) and state by name.
         self._masks = {}
         self._saved: dict[str, Saved] = {}
-        # Packed masks that update_masks() was given and that are in force: what the next change starts from.
+        # Packed masks in force: what the next change starts from.
         self._known: dict[str, Tensor | None] = {}
         self._dirty = True
         self._glance: list[tuple[int, int, int, bool]] = []
@@ -219,7 +219,8 @@ class SparseAdamW(Optimizer):
                     arena.adopt(t, saved[name])
                 slots[params[t]] = (arena, t)
             arenas.append(arena)
-        self._arenas, self._slots, self._masks, self._saved, self._dirty = arenas, slots, {}, {}, False
+        self._known, self._masks = masks, {}
+        self._arenas, self._slots, self._saved, self._dirty = arenas, slots, {}, False
         self._built = built
         self.state.clear()
         for param, (arena, t) in slots.items():
@@ -336,8 +337,6 @@ class SparseAdamW(Optimizer):
         if not self._arenas:  # nothing is allocated yet, and need not be for masks that will not be used
             self._masks.update({name: given.packed(name) for name in given.names})
             return
-        # Known from now on, so that the next change rebuilds no mask from its indices.
-        self._known = self._current_masks()
         old = {name: self._known[name] for name in given.names}
         self._left.before_update(self, given, old)
         self._known.update({name: given.packed(name) for name in given.names})

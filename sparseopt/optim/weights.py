@@ -50,8 +50,10 @@ class Follower:
 
     def drop(self, name: str, old: Tensor, kept_out: Tensor) -> None:
         """The mask changes from ``old`` to what is not ``kept_out`` (both packed, on the CPU)."""
-        earlier = self.left.get(name)
-        self.left[name] = (old if earlier is None else earlier | old) & kept_out
+        if name in self.left:
+            self.left[name].bitwise_or_(old).bitwise_and_(kept_out)
+        else:
+            self.left[name] = old & kept_out
 
     def looked(self) -> None:
         self.left.clear()
