@@ -18,6 +18,7 @@ SOURCES = [
     "gather.cpp",
     "masks.cpp",
     "project.cpp",
+    "remap.cpp",
     "scatter.cpp",
     "sparse_adamw.cpp",
 ]

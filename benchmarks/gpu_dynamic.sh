@@ -8,7 +8,7 @@ out=${1:-build/gpu} seconds=${2:-420}
 mkdir -p "$out"
 python3 -P -c 'import sparseopt' 2> /dev/null || python3 -m pip install -q --no-build-isolation --no-deps -e . || exit 1
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-timeout 100 pytest -q -m "gpu and not slow" tests/optim/dynamic tests/optim/test_gpu.py \
+timeout 180 pytest -q -m "gpu and not slow" tests/ops/test_remap.py tests/optim/dynamic tests/optim/test_gpu.py \
   -p no:cacheprovider --timeout=90 > "$out/dynamic-tests.txt" 2>&1
 status=$?
 tail -5 "$out/dynamic-tests.txt"

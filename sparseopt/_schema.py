@@ -16,6 +16,8 @@ Terms used by all ops:
 * ``hyper`` is ``float64[G, 8]``: ``lr, beta1, beta2, eps, weight_decay, maximize, correct_bias, amsgrad`` (the last
   three 0 or 1) per parameter group; ``groups`` is ``int32[T]``, the row of each tensor.
 * ``values`` of ``scatter_values_`` is ``[N]`` in the parameters' dtype.
+* ``remap_entries_`` takes two plans: ``targets`` are vectors ``[N]`` in the arena order of ``indices`` and ``chunks``,
+  ``sources`` ``[M]`` in that of ``old_indices`` and ``old_chunks``; rows hold at most 4096 entries.
 * ``accumulate_squares_`` knows no masks: ``stored`` is T fp32 tensors, ``grads`` T gradients of their sizes (one dtype),
   ``decay`` and ``inverse`` are fp32[] on the device.
 * ``grad_project`` takes ``gradients [B, T, d_out]``, ``inputs [B, T, k_i]`` and ``matrix [k_o, d_out]``, each with a
@@ -62,6 +64,10 @@ OPS = {
         "Tensor(b!) multiplier, Tensor(c!) skip) -> ()"
     ),
     "scatter_values_": "(Tensor(a!)[] params, Tensor values, Tensor indices, Tensor chunks, int run) -> ()",
+    "remap_entries_": (
+        "(Tensor(a!)[] targets, Tensor[] sources, Tensor indices, Tensor chunks, Tensor old_indices, Tensor old_chunks) "
+        "-> ()"
+    ),
     "accumulate_squares_": (
         "(Tensor(a!)[] stored, Tensor[] grads, float weight, Tensor? decay, Tensor? inverse) -> ()"
     ),
@@ -129,6 +135,14 @@ def _(
 
 @_fake("scatter_values_")
 def _(params: Sequence[Tensor], values: Tensor, indices: Tensor, chunks: Tensor, run: int) -> None:
+    return None
+
+
+@_fake("remap_entries_")
+def _(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], indices: Tensor, chunks: Tensor, old_indices: Tensor,
+    old_chunks: Tensor,
+) -> None:  # fmt: skip
     return None
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "mask_overlap",
     "pack_mask",
     "popcount",
+    "remap_entries_",
     "scatter_values_",
     "sparse_adamw_",
     "unpack_mask",
@@ -175,6 +176,32 @@ def scatter_values_(params: Sequence[Tensor], values: Tensor, indices: Tensor, c
     if chunks.dim() != 2 or chunks.shape[1] != 6 or chunks.dtype != torch.int64 or chunks.device != values.device:
         raise ValueError(f"chunks must be int64[C, 6] on {values.device}, got {describe(chunks)}.")
     _ops.scatter_values_(list(params), values, indices, chunks, run)
+
+
+def remap_entries_(targets: Sequence[Tensor], sources: Sequence[Tensor], plan: IndexPlan, old: IndexPlan) -> None:
+    """Moves values of active entries from the arena of one plan to that of another, bit by bit, all tensors in one call.
+
+    Args:
+        targets: vectors [N] in the order of ``plan``, contiguous, written in place; entries that ``old`` lacks stay as
+            they are. None may overlap a source.
+        sources: as many vectors [M] in the order of ``old``, each of its target's dtype (1 to 8 bytes a value).
+        plan: where the entries are now.
+        old: where they were; of the same tensors.
+    """
+    if len(targets) != len(sources):
+        raise ValueError(f"expected as many sources as targets, {len(targets)}, got {len(sources)}.")
+    if plan.numels != old.numels:
+        raise ValueError("the two plans must be of the same tensors.")
+    for position, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        for what, tensor, where in (("target", target, plan), ("source", source, old)):
+            if tensor.shape != (where.active,) or not tensor.is_contiguous() or tensor.device != plan.indices.device:
+                raise ValueError(
+                    f"{what} {position} must be a contiguous vector of {where.active} values on {plan.indices.device}, got "
+                    f"{describe(tensor)}."
+                )
+        if target.dtype != source.dtype or target.element_size() > 8:
+            raise TypeError(f"source {position} must be of its target's dtype {target.dtype}, got {source.dtype}.")
+    _ops.remap_entries_(list(targets), list(sources), plan.indices, plan.chunks, old.indices, old.chunks)
 
 
 def accumulate_squares_(

@@ -25,6 +25,7 @@ __all__ = [
     "mask_overlap",
     "pack_mask",
     "popcount",
+    "remap_entries_",
     "scatter_values_",
     "sparse_adamw_",
     "split_master",
@@ -159,6 +160,25 @@ def scatter_values_(params: Sequence[Tensor], values: Tensor, indices: Tensor, c
     for tensor, rows, entries in _chunks_by_tensor(chunks):
         if params[tensor].numel():
             params[tensor].view(-1)[arena_positions(indices, rows)] = values[entries]
+
+
+@torch.no_grad()
+def remap_entries_(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], indices: Tensor, chunks: Tensor, old_indices: Tensor,
+    old_chunks: Tensor,
+) -> None:  # fmt: skip
+    """target[new place] = source[old place] of the entries that both plans have, bit by bit; the others stay."""
+    if any(target.dtype != source.dtype for target, source in zip(targets, sources, strict=True)):
+        raise ValueError("a source must have its target's dtype.")
+    old = {tensor: (rows, entries) for tensor, rows, entries in _chunks_by_tensor(old_chunks)}
+    for tensor, rows, entries in _chunks_by_tensor(chunks):
+        if tensor not in old:
+            continue
+        positions, known = arena_positions(indices, rows), arena_positions(old_indices, old[tensor][0])
+        at = torch.searchsorted(known, positions).clamp_(max=known.numel() - 1)
+        both = known[at] == positions
+        for target, source in zip(targets, sources, strict=True):
+            target[entries][both] = source[old[tensor][1]][at[both]]
 
 
 @torch.no_grad()
@@ -307,6 +327,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gather_grads_": gather_grads_,
     "clip_coefficient_": clip_coefficient_,
     "scatter_values_": scatter_values_,
+    "remap_entries_": remap_entries_,
     "accumulate_squares_": accumulate_squares_,
     "sparse_adamw_": sparse_adamw_,
     "grad_project": grad_project,

@@ -14,6 +14,7 @@ from sparseopt.triton_kernels.cross_entropy import cross_entropy_
 from sparseopt.triton_kernels.gather import clip_coefficient_, gather_grads_
 from sparseopt.triton_kernels.masks import mask_indices, mask_overlap, pack_mask, popcount, unpack_mask
 from sparseopt.triton_kernels.project import grad_project
+from sparseopt.triton_kernels.remap import remap_entries_
 from sparseopt.triton_kernels.scatter import scatter_values_
 from sparseopt.triton_kernels.sparse_adamw import sparse_adamw_
 
@@ -29,6 +30,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gather_grads_": gather_grads_,
     "clip_coefficient_": clip_coefficient_,
     "scatter_values_": scatter_values_,
+    "remap_entries_": remap_entries_,
     "accumulate_squares_": accumulate_squares_,
     "sparse_adamw_": sparse_adamw_,
     "grad_project": grad_project,

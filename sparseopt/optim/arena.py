@@ -11,10 +11,13 @@ from torch import Tensor
 from sparseopt import _backend, functional
 from sparseopt._schema import TensorList
 from sparseopt.optim.plan import IndexPlan
+from sparseopt.optim.plan_on_device import build_on_device
 from sparseopt.reference import join_master, split_master
 
 __all__ = ["Arena", "Saved"]
 
+# Entries (and the rest of their tensor) that follow new masks in one launch: more make fewer launches, and need more memory.
+ENTRIES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}
 # Cohorts are numbered in a byte; beyond that the two oldest, whose bias corrections are nearly equal, become one.
 MAX_COHORTS = 256
 
@@ -24,13 +27,11 @@ class Saved:
     """State of one tensor on its way into an arena.
 
     Attributes:
-        values: ``step`` (0-d), and per active entry any of ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``,
-            ``residual``, ``master``, ``cohorts``, ``base``; ``births`` fp32[K].
-        mask: packed, the entries that ``values`` speak of; None: the same entries as the arena's.
+        values: ``step`` (0-d), and per active entry of the arena any of ``exp_avg``, ``exp_avg_sq``,
+            ``max_exp_avg_sq``, ``residual``, ``master``, ``cohorts``, ``base``; ``births`` fp32[K].
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
-    mask: Tensor | None = None
 
 
 class Arena:
@@ -266,28 +267,17 @@ class Arena:
         self.base = torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype, device=self.device)
 
     # ---- taking over earlier state -----------------------------------------------------------------------------------
-    def adopt(self, tensor: int, saved: Saved, packed: Tensor | None) -> None:
-        """Fills one tensor's state. Entries that ``saved`` does not know are new: zero moments, age 0.
+    def adopt(self, tensor: int, saved: Saved) -> None:
+        """Fills one tensor's state.
 
         Args:
             tensor: which one.
-            saved: its state, perhaps for another mask.
-            packed: its mask in this arena; None: all active.
+            saved: its state, of the same active entries.
         """
         entries, values = self.plan.arena(tensor), saved.values
         if "step" in values:
             self.steps[tensor] = values["step"].to(self.device, torch.float32)
-        source: Tensor | None = None  # bool per saved entry: is it active here?
-        known: Tensor | None = None  # bool per entry: was it there?
-        if saved.mask is not None:
-            shape = (self.plan.numels[tensor],)
-            before = functional.unpack_mask(saved.mask.to(self.device), shape)
-            if packed is None:
-                known, source = before, torch.ones(int(before.sum()), dtype=torch.bool, device=self.device)
-            else:
-                now = functional.unpack_mask(packed.to(self.device), shape)
-                known, source = before[now], now[before]
-        values = self._master_as_kept(tensor, values, known, source)
+        values = self._master_as_kept(tensor, values)
         for name in self.PER_ENTRY:
             if name not in values or name == "cohorts":
                 continue
@@ -295,48 +285,24 @@ class Arena:
                 self.base = torch.cat([self.values(t) for t in range(self.plan.tensors)])
             buffer = getattr(self, name)
             if buffer is not None:
-                _put(buffer[entries], values[name], known, source)
+                buffer[entries] = values[name].reshape(-1).to(self.device, buffer.dtype)
         self._seen = []  # compare with the weights at the next step, whatever was loaded when
-        self._adopt_ages(tensor, values, known, source)
+        if "cohorts" in values:
+            self._adopt_ages(tensor, values["cohorts"], values["births"].to(self.device))
 
-    def _master_as_kept(
-        self, tensor: int, values: dict[str, Tensor], known: Tensor | None, source: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _master_as_kept(self, tensor: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turns master weights saved as residual into a copy, or the other way round, where this arena keeps the other."""
         values = dict(values)
         if self.master is not None and "residual" in values:
-            weights = self.values(tensor)
-            rest = torch.zeros_like(weights, dtype=torch.int16)
-            _put(rest, values.pop("residual"), known, source)
-            self.master[self.plan.arena(tensor)] = join_master(weights, rest)
+            rest = values.pop("residual").reshape(-1).to(self.device, torch.int16)
+            values["master"] = join_master(self.values(tensor), rest)
         elif self.residual is not None and "master" in values:
             weights = self.values(tensor)
-            master = weights.float()
-            _put(master, values.pop("master"), known, source)
-            rounded, rest = split_master(master, self.dtype)
-            self.residual[self.plan.arena(tensor)] = torch.where(rounded == weights, rest, 0)
+            rounded, rest = split_master(values.pop("master").reshape(-1).to(self.device, torch.float32), self.dtype)
+            values["residual"] = torch.where(rounded == weights, rest, 0)
         return values
 
-    def _adopt_ages(self, tensor: int, values: dict[str, Tensor], known: Tensor | None, source: Tensor | None) -> None:
-        step = float(self.steps[tensor])
-        grown = known is not None and step > 0 and not bool(known.all())
-        if "cohorts" not in values and not grown:
-            return
-        count = self.plan.counts[tensor]
-        births = values["births"].to(self.device) if "births" in values else self.steps.new_zeros(1)
-        cohorts = torch.zeros(count, dtype=torch.uint8, device=self.device)
-        if "cohorts" in values:
-            old = values["cohorts"].to(self.device)
-            if source is None or known is None:
-                cohorts = old.clone()
-            else:
-                cohorts[known] = old[source]
-        if grown and known is not None:
-            if births.numel() == MAX_COHORTS:
-                cohorts -= (cohorts > 0).to(torch.uint8)
-                births = torch.cat([births[:1], births[2:]])
-            cohorts[~known] = births.numel()
-            births = torch.cat([births, births.new_tensor([step])])
+    def _adopt_ages(self, tensor: int, cohorts: Tensor, births: Tensor) -> None:
         if self.cohorts is None or self.births is None:
             self.cohorts = torch.zeros(self.plan.active, dtype=torch.uint8, device=self.device)
             self.births = torch.zeros(self.plan.tensors, 1, device=self.device)
@@ -345,16 +311,85 @@ class Arena:
             wider[:, : self.births.shape[1]] = self.births
             self.births = wider
         self.births[tensor, : births.numel()] = births
-        self.cohorts[self.plan.arena(tensor)] = cohorts
+        self.cohorts[self.plan.arena(tensor)] = cohorts.to(self.device)
 
+    # ---- other masks ---------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def change_masks(self, packed: Sequence[Tensor | None], changed: Sequence[int]) -> None:
+        """Other entries are active from now on.
 
-def _put(target: Tensor, values: Tensor, known: Tensor | None, source: Tensor | None) -> None:
-    """target = values; where entries differ, only those that are ``known``, from ``source``."""
-    values = values.reshape(-1).to(target.device, target.dtype)
-    if source is None or known is None:
-        target.copy_(values)
-    else:
-        target[known] = values[source]
+        Survivors keep all they have; new entries have zero moments, age 0, and the weight that is there as master and base.
+        ``ENTRIES_AT_ONCE`` entries take one launch, whatever the number of tensors, and only they exist twice at a time
+        (where the number of active entries changes: all, one kind of state after the other).
+
+        Args:
+            packed: of every tensor, None: all active.
+            changed: positions of the tensors whose mask may be another one.
+        """
+        old = self.plan
+        if self.device.type == "cpu":
+            self.plan = IndexPlan.build(packed, old.numels)
+        else:
+            self.plan = build_on_device(packed, old.numels, self.device)
+        born = self._new_cohort()
+        kinds = [name for name in self.PER_ENTRY if getattr(self, name) is not None]
+        # Where no tensor's count changes, entries move within their own tensor's part of the arena.
+        in_place = old.starts == self.plan.starts
+        for first, last in self._spans(changed) if in_place else [(0, old.tensors)]:
+            here, there = self.plan.part(first, last), old.part(first, last)
+            for names in [kinds] if in_place else [[name] for name in kinds]:
+                sources = [getattr(self, name)[old.starts[first] : old.starts[last]] for name in names]
+                targets = [self._of_new_entries(name, born, first, last) for name in names]
+                functional.remap_entries_(targets, sources, here, there)
+                for name, source, target in zip(names, sources, targets, strict=True):
+                    if in_place:
+                        source.copy_(target)
+                    else:
+                        setattr(self, name, target)
+        if self.cohorts is not None and self.births is not None and not bool((self.cohorts == born).any()):
+            self.births = self.births[:, :born].contiguous()  # nothing was new
+            if born == 1:
+                self.cohorts = self.births = None
+        self.squares = torch.zeros(
+            len(self.plan.chunks) * self.plan.squares_per_chunk, dtype=self.state_dtype, device=self.device
+        )
+        self.compact = None
+        self._seen = []
+
+    def _spans(self, changed: Sequence[int]) -> list[tuple[int, int]]:
+        """(first, last + 1) of tensors that take a launch together: all changed ones, and others in between."""
+        most, spans = ENTRIES_AT_ONCE.get(self.device.type, 1 << 25), list[tuple[int, int]]()
+        for tensor in sorted(changed):
+            first = spans[-1][0] if spans else tensor
+            if spans and self.plan.starts[tensor + 1] - self.plan.starts[first] <= most:
+                spans[-1] = (first, tensor + 1)
+            else:
+                spans.append((tensor, tensor + 1))
+        return spans
+
+    def _new_cohort(self) -> int:
+        """The number of a cohort that is born now; 0 where no entry is any older."""
+        if not bool((self.steps > 0).any()):
+            return 0
+        if self.cohorts is None or self.births is None:
+            self.cohorts = torch.zeros(self.exp_avg.numel(), dtype=torch.uint8, device=self.device)
+            self.births = torch.zeros(self.plan.tensors, 1, device=self.device)
+        if self.births.shape[1] == MAX_COHORTS:
+            self.cohorts -= (self.cohorts > 0).to(torch.uint8)
+            self.births = torch.cat([self.births[:, :1], self.births[:, 2:]], 1)
+        self.births = torch.cat([self.births, self.steps[:, None]], 1)
+        return self.births.shape[1] - 1
+
+    def _of_new_entries(self, name: str, born: int, first: int, last: int) -> Tensor:
+        """A kind of state of the tensors ``first .. last - 1`` as if every active entry were new."""
+        count, dtype = self.plan.starts[last] - self.plan.starts[first], getattr(self, name).dtype
+        if name not in ("master", "base"):
+            return torch.full((count,), born if name == "cohorts" else 0, dtype=dtype, device=self.device)
+        part, weights = self.plan.part(first, last), torch.empty(count, dtype=self.state_dtype, device=self.device)
+        views = [param.detach().contiguous() for param in self.params[first:last]]
+        part.chunks[:, 0] -= first
+        functional.gather_grads_(weights, views, part)
+        return weights.to(dtype)
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparseopt import functional
 from sparseopt.reference import arena_positions
 
-__all__ = ["CHUNK", "IndexPlan"]
+__all__ = ["CHUNK", "IndexPlan", "contiguous_rows"]
 
 # Arena entries per chunk at most, by the dtype of the offsets: powers of two. A chunk is the unit of work of a thread
 # block, and of a thread's share on the CPU.
@@ -81,6 +81,17 @@ class IndexPlan:
         rows = self.chunks[self.first_chunk[tensor] : self.first_chunk[tensor + 1]]
         return arena_positions(self.indices, rows, self.counts[tensor])
 
+    def part(self, first: int, last: int) -> IndexPlan:
+        """The plan of the tensors ``first .. last - 1``, whose arena begins at 0; tensors keep their numbers in ``chunks``."""
+        chunks = self.chunks[self.first_chunk[first] : self.first_chunk[last]].clone()
+        chunks[:, 2] -= self.starts[first]
+        start, row = self.starts[first], self.first_chunk[first]
+        return IndexPlan(
+            self.numels[first:last], self.counts[first:last], tuple(s - start for s in self.starts[first : last + 1]),
+            self.runs[first:last], self.indices, chunks, tuple(r - row for r in self.first_chunk[first : last + 1]),
+            self.run,
+        )  # fmt: skip
+
     def to(self, device: torch.device) -> IndexPlan:
         if self.indices.device == device:
             return self
@@ -89,12 +100,13 @@ class IndexPlan:
 
     @staticmethod
     def build(packed: Sequence[Tensor | None], numels: Sequence[int]) -> IndexPlan:
-        """Plan on the CPU from packed masks.
+        """Plan from packed masks, where they are.
 
         Args:
-            packed: per tensor uint8[ceil(n/8)] on the CPU, or None where every entry is active.
+            packed: per tensor uint8[ceil(n/8)], all on one device, or None where every entry is active.
             numels: per tensor n.
         """
+        device = next((mask.device for mask in packed if mask is not None), torch.device("cpu"))
         found = [None if mask is None else _runs(mask, numel) for mask, numel in zip(packed, numels, strict=True)]
         # What is fully active needs no offsets.
         found = [
@@ -102,15 +114,18 @@ class IndexPlan:
             for item, numel in zip(found, numels, strict=True)
         ]
         dtype = _offset_dtype([item for item in found if item is not None])
-        offsets: list[Tensor] = [torch.zeros(1, dtype=dtype)]  # offset 0, shared by all contiguous chunks
+        offsets: list[Tensor] = [
+            torch.zeros(1, dtype=dtype, device=device)
+        ]  # offset 0, shared by all contiguous chunks
         rows: list[Tensor] = []
         counts, starts, runs, first_chunk = [], [0], [], [0]
         stored = 1
         for tensor, (item, numel) in enumerate(zip(found, numels, strict=True)):
             if item is None:
-                run, count, table = 0, numel, _contiguous(numel, CHUNK[dtype])
+                run, count, table = 0, numel, contiguous_rows(numel, CHUNK[dtype], device)
             else:
                 run, indices = item
+                found[tensor] = None  # all tensors' indices at once take more than the plan
                 count = indices.numel() * run
                 table, relative = _chunked(indices, run, dtype)
                 table[:, 4] += stored
@@ -133,14 +148,14 @@ class IndexPlan:
 
 
 def _table(start: Tensor, count: Tensor) -> Tensor:
-    table = torch.zeros(start.numel(), 6, dtype=torch.int64)
+    table = torch.zeros(start.numel(), 6, dtype=torch.int64, device=start.device)
     table[:, 2], table[:, 3] = start, count
     return table
 
 
-def _contiguous(numel: int, size: int) -> Tensor:
+def contiguous_rows(numel: int, size: int, device: torch.device) -> Tensor:
     """Chunks of a fully active tensor: base only, one run as long as the chunk."""
-    start = torch.arange(0, numel, size)
+    start = torch.arange(0, numel, size, device=device)
     table = _table(start, (numel - start).clamp(max=size))
     table[:, 1] = start
     table[:, 5] = size.bit_length() - 1
@@ -169,7 +184,7 @@ def _may_have_runs(packed: Tensor) -> bool:
 def _cuts(indices: Tensor, run: int, dtype: torch.dtype) -> Tensor:
     """Where chunks begin: every CHUNK entries, and within chunks that span too much also at multiples of the span."""
     total, per_chunk, bits = indices.numel(), CHUNK[dtype] // run, SPAN_BITS[dtype]
-    cuts = torch.arange(0, total, per_chunk)
+    cuts = torch.arange(0, total, per_chunk, device=indices.device)
     last = indices[(cuts + per_chunk).clamp(max=total) - 1].long() + (run - 1)
     wide = (last - indices[cuts].long()) >> bits != 0
     if bool(wide.any()):
@@ -192,9 +207,9 @@ def _offset_dtype(found: Sequence[tuple[int, Tensor]]) -> torch.dtype:
 def _chunked(indices: Tensor, run: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows (with index_start and start counted from 0) and offsets for sorted first indices of runs."""
     cuts = _cuts(indices, run, dtype)
-    ends = torch.cat([cuts[1:], torch.tensor([indices.numel()])])[: cuts.numel()]
+    ends = torch.cat([cuts[1:], cuts.new_full((1,), indices.numel())])[: cuts.numel()]
     table = _table(cuts * run, (ends - cuts) * run)
     base = indices[cuts].long() + (1 << 15 if dtype == torch.int16 else 0)
     table[:, 1], table[:, 4], table[:, 5] = base, cuts, run.bit_length() - 1
-    relative = indices - torch.repeat_interleave(base, ends - cuts).to(indices.dtype)
-    return table, relative.to(dtype)
+    bases = torch.repeat_interleave(base.to(indices.dtype), ends - cuts, output_size=indices.numel())
+    return table, (indices - bases).to(dtype)

@@ -111,10 +111,8 @@ class SparseAdamW(Optimizer):
         # What the next build uses: packed masks by name (None: all active) and state by name.
         self._masks = {}
         self._saved: dict[str, Saved] = {}
-        # Packed masks that update_masks() was given and that are in force: what the next change starts from.
+        # Packed masks in force: what the next change starts from.
         self._known: dict[str, Tensor | None] = {}
-        # Packed masks that are being replaced, while update_masks() works.
-        self._changing: dict[str, Tensor] = {}
         self._dirty = True
         self._glance: list[tuple[int, int, int, bool]] = []
         # What the arenas were built for: amsgrad, and (id, group, device, dtype) of every parameter.
@@ -218,10 +216,11 @@ class SparseAdamW(Optimizer):
             )  # fmt: skip
             for t, name in enumerate(names):
                 if name in saved:
-                    arena.adopt(t, saved[name], masks[name])
+                    arena.adopt(t, saved[name])
                 slots[params[t]] = (arena, t)
             arenas.append(arena)
-        self._arenas, self._slots, self._masks, self._saved, self._dirty = arenas, slots, {}, {}, False
+        self._known, self._masks = masks, {}
+        self._arenas, self._slots, self._saved, self._dirty = arenas, slots, {}, False
         self._built = built
         self.state.clear()
         for param, (arena, t) in slots.items():
@@ -231,12 +230,8 @@ class SparseAdamW(Optimizer):
             self._capture.restore(pending)
 
     def _extract(self) -> dict[str, Saved]:
-        """The state as it stands, by name; with the mask it is for where a new one is waiting."""
-        result = {}
-        for arena in self._arenas:
-            for t, name in enumerate(arena.names):
-                result[name] = Saved(arena.state(t), self._changing.get(name))
-        return result
+        """The state as it stands, by name."""
+        return {name: Saved(arena.state(t)) for arena in self._arenas for t, name in enumerate(arena.names)}
 
     # ---- the step ------------------------------------------------------------------------------------------------------
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -342,18 +337,16 @@ class SparseAdamW(Optimizer):
         if not self._arenas:  # nothing is allocated yet, and need not be for masks that will not be used
             self._masks.update({name: given.packed(name) for name in given.names})
             return
-        everything = MaskSet.full_like({name: params[name] for name in given.names})
-        for name, bits in self._current_masks().items():
-            if name in given:
-                self._changing[name] = everything.packed(name) if bits is None else bits
-        self._left.before_update(self, given, self._changing)
-        self._masks = {name: given.packed(name) for name in given.names}
-        self._dirty = True
-        self._build()
+        old = {name: self._known[name] for name in given.names}
+        self._left.before_update(self, given, old)
         self._known.update({name: given.packed(name) for name in given.names})
-        self._changing = {}
         for arena in self._arenas:
-            self._left.take_back(arena)
+            changed = [t for t, name in enumerate(arena.names) if name in given]
+            if changed:
+                arena.change_masks([self._known[name] for name in arena.names], changed)
+                self._left.take_back(arena)
+        for param, (arena, t) in self._slots.items():
+            self.state[param] = arena.state(t)
 
     @torch.no_grad()
     def sync_from_params(self) -> None:

@@ -28,7 +28,8 @@ class Follower:
     """What somebody who follows the weights must look at besides the active entries.
 
     Attributes:
-        left: positions, sorted, int64, by parameter name, that left the mask since the last look and are out of it.
+        left: packed bits on the CPU, by parameter name, of the entries that left the mask since the last look and are out
+            of it.
         lost: whether any entry of the optimizer's parameters may have changed: state was loaded, and masks had changed.
         active: (index plan, active positions) by name, kept between looks, on CPUs; None: not kept.
     """
@@ -47,13 +48,12 @@ class Follower:
             kept = self.active[arena.names[t]] = (arena.plan, arena.plan.positions(t).to(dtype))
         return kept[1]
 
-    def drop(self, name: str, gone: Tensor, new: Tensor) -> None:
-        """Positions ``gone`` (sorted, int64) leave the mask, which will be ``new`` (packed, on the CPU)."""
-        earlier = self.left.get(name)
-        if earlier is not None and earlier.numel():
-            still = ~functional.unpack_mask(new.to(earlier.device), (8 * new.numel(),))[earlier]
-            gone = torch.cat([earlier[still], gone.to(earlier.device)]).sort().values
-        self.left[name] = gone
+    def drop(self, name: str, old: Tensor, kept_out: Tensor) -> None:
+        """The mask changes from ``old`` to what is not ``kept_out`` (both packed, on the CPU)."""
+        if name in self.left:
+            self.left[name].bitwise_or_(old).bitwise_and_(kept_out)
+        else:
+            self.left[name] = old & kept_out
 
     def looked(self) -> None:
         self.left.clear()
@@ -62,13 +62,14 @@ class Follower:
 
 @dataclass
 class LeftEntries:
-    """Entries that were active once and are no longer, by parameter name; positions are sorted, int64.
+    """Entries that were active once and are no longer, by parameter name.
 
     Attributes:
         mask_changes: times that masks were changed, in this process and in those whose state was loaded.
         export: for ``export_delta``.
         followers: further ones, each with its own account.
-        base: (positions, values before training) of all that left, kept only where the optimizer keeps a base copy.
+        base: (sorted positions, int64, values before training) of all that left, kept only where the optimizer keeps a
+            base copy.
         exported: (positions, values) of the last export, kept once ``export_delta(changed_only=True)`` was used.
         compares: whether it was.
         exports: whether there was any export.
@@ -89,22 +90,24 @@ class LeftEntries:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, followers=weakref.WeakSet())
 
-    def before_update(self, optimizer: SparseAdamW, masks: MaskSet, old: Mapping[str, Tensor]) -> None:
-        """Remembers what the new masks drop from the ``old`` ones (packed), with its base values."""
+    def before_update(self, optimizer: SparseAdamW, masks: MaskSet, before: Mapping[str, Tensor | None]) -> None:
+        """Remembers what the new masks drop from those ``before`` (packed, None: all), with its base values."""
         self.mask_changes += 1
         for arena in optimizer._arenas:
             for t, name in enumerate(arena.names):
                 if name not in masks:
                     continue
-                new, numel = masks.packed(name), arena.params[t].numel()
-                # Where the bits are, on the CPU: a change moves few entries.
-                gone = functional.mask_indices(old[name] & ~new, numel).long().to(arena.device)
+                new, numel, given = masks.packed(name), arena.params[t].numel(), before[name]
+                kept_out = ~new
+                if numel % 8:
+                    kept_out[-1] &= (1 << numel % 8) - 1
+                old = kept_out | new if given is None else given
+                # As bits, on the CPU: positions of what left would take more than the state of what trains.
                 for follower in (self.export, *self.followers):
-                    follower.drop(name, gone, new)
+                    follower.drop(name, old, kept_out)
                 if arena.base is not None:
-                    active, stays = (
-                        functional.unpack_mask(bits.to(arena.device), (numel,)) for bits in (old[name], new)
-                    )
+                    gone = functional.mask_indices(old & kept_out, numel).long().to(arena.device)
+                    active, stays = (functional.unpack_mask(bits.to(arena.device), (numel,)) for bits in (old, new))
                     positions, values = self.base.get(name, (gone[:0], arena.base[:0]))
                     base = arena.base[arena.plan.arena(t)][~stays[active]]
                     merged, order = torch.cat([positions, gone]).sort()
@@ -223,9 +226,10 @@ def read(optimizer: SparseAdamW, follower: Follower) -> Iterator[Part]:
             if follower.lost:
                 yield Part(name, arena.params[t], None, flat, None)
                 continue
-            positions, left = follower.positions(arena, t), follower.left.get(name)
+            positions, bits = follower.positions(arena, t), follower.left.get(name)
+            left = None if bits is None else functional.mask_indices(bits.to(arena.device), flat.numel())
             if left is not None and left.numel():
-                positions = torch.cat([positions, left.to(arena.device, positions.dtype)]).sort().values
+                positions = torch.cat([positions, left.to(positions.dtype)]).sort().values
                 yield Part(name, arena.params[t], positions, flat[positions], None)
             else:
                 yield Part(name, arena.params[t], positions, flat[positions], arena.plan)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseopt import functional, reference
+from sparseopt.optim import plan_on_device
 from sparseopt.optim.plan import CHUNK, IndexPlan
 
 PAST = 2**31  # first flat index that int32 cannot hold
@@ -204,3 +205,35 @@ def test_mask_ops_past_two_to_the_31_on_a_gpu() -> None:
     assert torch.equal(functional.unpack_mask(packed, numel), mask)
     plan = IndexPlan.build([packed.cpu()], [numel])
     assert torch.equal(plan.positions(0), expected.cpu())
+
+
+def assert_equal_plans(a: IndexPlan, b: IndexPlan) -> None:
+    for name in ("numels", "counts", "starts", "first_chunk", "run"):
+        assert getattr(a, name) == getattr(b, name), name
+    for name in ("indices", "chunks"):
+        mine, theirs = getattr(a, name).cpu(), getattr(b, name)
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("densities", [
+    (0.2, 0.2, None, "none", 0.2, None), (0.025, 0.3, "none"), (0.002, 0.001), (0.02, 0.06, None), (0.001, 0.5), (None, 0.9),
+])  # fmt: skip
+def test_all_tensors_at_once_give_the_same_plan(device: torch.device, densities: tuple, mask_of: Callable) -> None:
+    sizes = (200_000, 70_001, 9, 300_003, 1_000_000, 65_536)[: len(densities)]
+    masks = [None if density is None else mask_of(n, density) for n, density in zip(sizes, densities, strict=True)]
+    if densities[0] == 0.02:
+        masks[0][:150_000] = False  # and chunks that span too much
+        masks[0][:150_000:60_000] = True
+    packed = [None if mask is None else functional.pack_mask(mask) for mask in masks]
+    assert plan_on_device._together(packed, sizes, device) is not None
+    assert_equal_plans(plan_on_device.build_on_device(packed, sizes, device), IndexPlan.build(packed, sizes))
+
+
+@pytest.mark.parametrize("kind", ["runs", "all", "none"])
+def test_other_masks_are_left_to_the_other_way(device: torch.device, kind: str, mask_of: Callable) -> None:
+    masks = [mask_of(6400, 0.3), mask_of(6400, 0.3, 64) if kind == "runs" else mask_of(6400, kind)]
+    packed = [functional.pack_mask(mask) for mask in masks[kind == "none" :]]
+    sizes = [6400] * len(packed)
+    assert plan_on_device._together(packed, sizes, device) is None
+    assert_equal_plans(plan_on_device.build_on_device(packed, sizes, device), IndexPlan.build(packed, sizes))

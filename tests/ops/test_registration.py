@@ -62,6 +62,26 @@ def samples(name: str, device: torch.device) -> list[tuple[Any, ...]]:
             return [(torch.rand(100, device=device), 1.0, scalar + 0.5, scalar, *numbers)]
         case "scatter_values_":
             return [(tensors(), torch.rand(plan.active, device=device), plan.indices, plan.chunks, plan.run)]
+        case "remap_entries_":
+            other = IndexPlan.build(
+                [functional.pack_mask(torch.rand(n) < 0.4) for n in plan.numels], plan.numels
+            ).to(device)  # fmt: skip
+            return [
+                (
+                    [
+                        torch.rand(plan.active, device=device),
+                        torch.zeros(plan.active, dtype=torch.int16, device=device),
+                    ],
+                    [
+                        torch.rand(other.active, device=device),
+                        torch.ones(other.active, dtype=torch.int16, device=device),
+                    ],
+                    plan.indices,
+                    plan.chunks,
+                    other.indices,
+                    other.chunks,
+                )
+            ]
         case "accumulate_squares_":
             halves = [t.bfloat16() for t in tensors()]
             return [(tensors(), tensors(), 0.5, None, None), (tensors(), halves, 0.5, scalar + 0.9, scalar + 0.25)]

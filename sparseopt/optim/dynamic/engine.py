@@ -251,23 +251,26 @@ class DynamicSparsity:
         sparsity, fraction = self.plan.sparsity_at(step), self.plan.exchange(step)
         counts = self._next_counts(sparsity)
         record: dict[str, Any] = {"step": step, "dropped": 0, "grown": 0}
-        before, returned = self.masks.active_parameters, 0
+        before = self.masks.active_parameters
         squares: list[Tensor] = []
+        moved: list[Tensor] = []  # per layer: dropped, grown, and of these how many had been active before
         packed: dict[str, Tensor] = {}
         for layer, after in zip(self.layers, counts, strict=True):
-            mask = self.masks[layer.name].to(layer.param.device)
+            # Bits go to the device and come back, an eighth of what bools take.
+            bits, left = (b.to(layer.param.device) for b in (self.masks.packed(layer.name), self._left[layer.name]))
+            mask = functional.unpack_mask(bits, layer.shape)
             gradient = self._gradient(layer, step) if gradients else None
             if gradient is not None:
                 squares.append(gradient.masked_fill(mask, 0).square().sum())
             leaves, comes = self._move(layer, mask, gradient, step, fraction, after)
             self._write(layer, mask, leaves)
-            packed[layer.name] = functional.pack_mask((mask & ~leaves) | comes).cpu()
-            left, came, gone = self._left[layer.name], functional.pack_mask(comes).cpu(), functional.pack_mask(leaves)
-            returned += int(functional.popcount(left & came))
-            record["grown"] += int(functional.popcount(came))
-            record["dropped"] += int(functional.popcount(gone))
-            self._left[layer.name] = left | gone.cpu()
+            gone, came = functional.pack_mask(leaves), functional.pack_mask(comes)
+            moved.append(torch.stack([functional.popcount(b) for b in (gone, came, left & came)]))
+            packed[layer.name], self._left[layer.name] = (
+                torch.stack([(bits & ~gone) | came, left | gone]).cpu().unbind()
+            )
         self.close()
+        record["dropped"], record["grown"], returned = torch.stack([m.cpu() for m in moved]).sum(0).tolist()
         self.masks = MaskSet(packed, self.masks.shapes, copy_bits=False)
         if record["dropped"] or record["grown"]:
             self._optimizer.update_masks(self.masks)

@@ -42,12 +42,19 @@ def choose(scores: Tensor, count: int, name: str = "scores") -> Tensor:
         cut = _select.choose([source], count, [0])[0]
         packed = torch.zeros((scores.numel() + 7) // 8, dtype=torch.uint8)
         return functional.unpack_mask(_select.pick(source, cut, packed).packed, tuple(scores.shape))
-    # The order that the CPU's selection has; a stable sort stays on the device.
-    if bool(scores.isnan().any()):
+    return _above_cut(scores.reshape(-1), count, name).view(scores.shape)
+
+
+def _above_cut(scores: Tensor, count: int, name: str) -> Tensor:
+    """:func:`choose` for a vector on a GPU: a radix selection finds the lowest chosen score, nothing is sorted."""
+    if not scores.numel():
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # A NaN counts as the largest there, and makes the minimum NaN.
+    cut = scores.topk(max(1, count), sorted=False).values.min()
+    if bool(cut.isnan()):
         raise ValueError(f"the scores of {name!r} contain NaN.")
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    chosen[scores.reshape(-1).sort(descending=True, stable=True).indices[:count]] = True
-    return chosen.view(scores.shape)
+    above, tied = scores > cut, scores == cut
+    return above | (tied & (tied.cumsum(0, dtype=torch.int64) <= count - above.sum()))
 
 
 @dataclass(frozen=True)

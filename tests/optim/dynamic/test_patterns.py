@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparseopt.optim.dynamic import patterns
 from sparseopt.optim.dynamic.layers import Layer, find_layers
 from sparseopt.optim.dynamic.patterns import Pattern, choose, parse_pattern
 
@@ -190,3 +191,21 @@ def test_linear_layers_are_found_and_tied_ones_once() -> None:
         find_layers(Model(), exclude="third")
     with pytest.raises(ValueError, match="no linear layer"):
         find_layers(nn.Sequential(nn.Embedding(4, 4)))
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "zeros of both signs", "infinite"])
+@pytest.mark.parametrize("n", [1, 7, 1000, 70_001])
+def test_the_selection_of_gpus_is_that_of_cpus(n: int, kind: str) -> None:
+    scores = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    if kind == "ties":
+        scores = scores.round()
+    elif kind == "zeros of both signs":
+        scores = torch.where(scores > 0.5, scores, torch.where(scores < 0, -0.0, 0.0))
+    elif kind == "infinite":
+        scores = torch.where(scores > 0, scores, -torch.inf)
+    for count in sorted({0, 1, n // 3, n - 1, n}):
+        assert torch.equal(patterns._above_cut(scores, count, "x"), choose(scores, count)), count
+    scores[n // 2] = torch.nan
+    for count in (0, 1, n):
+        with pytest.raises(ValueError, match="scores of 'x' contain NaN"):
+            patterns._above_cut(scores, count, "x")
