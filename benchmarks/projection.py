@@ -238,7 +238,7 @@ def summary(
         measured = facts[name] if name in facts else baselines[name]["ratio"] if name in baselines else None
         if measured is not None:
             bars[name] = {"at_least": round(least, 3), "measured": measured, "met": measured >= least}
-    case = {
+    case: dict[str, Any] = {
         "rounds": settings["rounds"],
         "sparseopt": mine,
         "baselines": baselines,
