@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo chain project test slow bench lint types clean
+.PHONY: help venv install system demo chain project test slow bench lint types clean
 
 BIN := $(VENV)/bin
 # --no-compile: modules are byte-compiled when first imported, not all of torch and transformers beforehand.
@@ -84,6 +84,17 @@ $(STAMPS)/dev: $(STAMPS)/demo
 venv: $(STAMPS)/demo ## .venv with sparseopt and what the demo needs
 install: $(STAMPS)/dev ## .venv with everything, tests included
 
+# A real Slurm and a real browser, for slow tests; without them these tests are skipped and say so.
+DEBIAN := slurm-wlm munge chromium chromium-driver
+system: ## what slow tests use of the system (Slurm, Chromium): Debian's packages, as root
+	@dpkg-query -W $(DEBIAN) > /dev/null 2>&1 && exit 0
+	[ "$$(id -u)" = 0 ] || { echo "Slurm and Chromium are installed by root: sudo apt-get install $(DEBIAN)" >&2; exit 1; }
+	command -v apt-get > /dev/null || { echo "No apt-get here: install Slurm, munge, Chromium and its driver another way" >&2; exit 1; }
+	echo "installing $(DEBIAN)"
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get -qq -o Acquire::Retries=3 update
+	apt-get -qq -o Acquire::Retries=3 install --no-install-recommends $(DEBIAN) > /dev/null
+
 # ---- jobs ------------------------------------------------------------------------------------------------------------
 demo: $(STAMPS)/demo ## sparse DPO of a real model, CPU, a few minutes; results in a run folder
 	@$(BIN)/sparseopt train dpo --config configs/quickstart.yaml --output_dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -110,7 +121,7 @@ test: lint types $(STAMPS)/dev ## lint, types, and the tests that are not slow
 	@mkdir -p $(REPORTS)
 	$(BIN)/pytest -m "not slow and not gpu" -rs --junitxml=$(REPORTS)/test.xml $(PYTEST_ARGS)
 
-slow: $(STAMPS)/dev ## the slow tests: whole pipelines on a real model, packaging
+slow: $(STAMPS)/dev $(if $(CI),system) ## the slow tests: whole pipelines on a real model, packaging, Slurm, a browser
 	@mkdir -p $(REPORTS)
 	$(BIN)/pytest -m "slow and not gpu" -rs --junitxml=$(REPORTS)/slow.xml $(PYTEST_ARGS)
 
