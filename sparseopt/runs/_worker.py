@@ -71,8 +71,8 @@ def _work(manager: RunManager, run_id: str, folder: Path, command: Sequence[str]
 
     def forward(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        if child is not None and child.poll() is None:
-            os.killpg(child.pid, _PASSED_ON.get(number, number))
+        if child is not None:
+            _pass_on(child, number)
 
     for number in (signal.SIGINT, signal.SIGTERM, *_PASSED_ON):
         signal.signal(number, forward)
@@ -101,10 +101,17 @@ def _work(manager: RunManager, run_id: str, folder: Path, command: Sequence[str]
             manager.finish_run(run_id, "failed", f"{command[0]} cannot be started: {error.strerror}.")
             return 1
         if caught:  # between the handlers and the start
-            os.killpg(child.pid, _PASSED_ON.get(caught[-1], caught[-1]))
+            _pass_on(child, caught[-1])
         with manager.beating(run_id):
             code = child.wait()
     return _book(manager, run_id, code, caught)
+
+
+def _pass_on(child: subprocess.Popen[bytes], number: int) -> None:
+    # It may have ended unseen: poll() knows nothing while wait() is interrupted by this very signal.
+    with contextlib.suppress(ProcessLookupError):
+        if child.poll() is None:
+            os.killpg(child.pid, _PASSED_ON.get(number, number))
 
 
 def _book(manager: RunManager, run_id: str, code: int, caught: Sequence[int]) -> int:

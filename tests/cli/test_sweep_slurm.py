@@ -173,7 +173,7 @@ def test_what_was_ended_is_submitted_again(cluster: Cluster, how: str) -> None:
         expected = {"crashed": 2, "pending": 2}
         errors = {None}
     cluster.wait()
-    assert cluster.counts() == expected
+    assert cluster.counts() == expected, [run["error"] for run in cluster.status()["runs"]]
     assert {row["error"] for row in cluster.manager.rows()} == errors
     assert len(cluster.notes("interrupted")) == (2 if how == "notice" else 0)
     (cluster.folder / "hold").unlink()
