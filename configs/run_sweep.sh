@@ -13,4 +13,4 @@ sweep=${2:-configs/sweep_config.yaml}
 [ $# -eq 0 ] || shift
 # The folder of the submission: an environment there goes before the caller's.
 [ ! -x .venv/bin/sparseopt ] || PATH="$PWD/.venv/bin:$PATH"
-exec sparseopt sweep run "$config" "$sweep" --command '{python} -P -m sparseopt train lm --config {config}' "$@"
+exec sparseopt sweep run "$config" "$sweep" "$@"

@@ -10,14 +10,14 @@ import difflib
 import os
 import tomllib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sparseopt.schemas import Schema, Setting
 
-__all__ = ["OverrideError", "compose", "defaults", "load"]
+__all__ = ["OverrideError", "compose", "defaults", "load", "load_open"]
 
 
 class OverrideError(ValueError):
@@ -81,6 +81,91 @@ def compose(schema: Schema, *parts: Mapping[str, Mapping[str, Any]]) -> dict[str
     return _checked(schema, merged)
 
 
+def load_open(
+    schema: Schema, source: str | os.PathLike[str] | Mapping[str, Any] | None, overrides: Sequence[str] = ()
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """As :func:`load`, for configurations that may hold any new section and key.
+
+    An unknown key in a known section warns, with the nearest known one, and is kept.
+
+    Args:
+        schema: what is known.
+        source: YAML or TOML file, or what one holds.
+        overrides: ``key=value`` with a dotted key, known or not; values as in YAML.
+
+    Returns:
+        (the settings that the schema knows, with defaults; all that was given, known or not), interpolations resolved.
+
+    Raises:
+        FileNotFoundError, OverrideError, ValueError: as :func:`load`.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    content = dict(source) if isinstance(source, Mapping) else {} if source is None else _parse(Path(source))
+    content = {key: value for key, value in content.items() if value is not None or key not in schema}
+    for section in schema:
+        if not isinstance(content.get(section, {}), Mapping):
+            raise ValueError(f"Section {section!r} must hold keys, got {content[section]!r}.")
+    changes = _changes(overrides)
+    try:
+        _checked(schema, {key: value for key, value in changes.items() if key in schema}, warn=False)
+    except ValueError as error:
+        raise OverrideError(str(error)) from error
+    try:
+        given = OmegaConf.merge(content, changes)
+        merged = OmegaConf.merge(defaults(schema), given)
+        values = OmegaConf.to_container(merged, resolve=True)
+        shape = OmegaConf.to_container(given, resolve=False)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+    assert isinstance(values, dict)
+    for sentence in _new_keys(schema, values):
+        warnings.warn(sentence, stacklevel=2)
+    known = {section: values[section] for section in schema}
+    return _checked(schema, known, warn=False), _selected(values, shape)
+
+
+def _new_keys(schema: Schema, values: Mapping[Any, Any]) -> Iterator[str]:
+    """A sentence about each unknown key of a known section, and each section that looks like a known one."""
+    for section, content in values.items():
+        if section in schema:
+            keys = [f"{section}.{key}" for key in content if key not in schema[section]]
+            for sentence in _unknown(schema, keys):
+                yield f"{sentence} It is kept with the run, and nothing else reads it."
+        elif near := difflib.get_close_matches(str(section), list(schema), n=1, cutoff=0.8):
+            yield f"Unknown section {str(section)!r}: did you mean {near[0]!r}? It is kept with the run, and nothing else reads it."
+
+
+def _selected(values: Any, shape: Any) -> Any:
+    """The part of ``values`` that has the keys of ``shape``."""
+    if isinstance(shape, Mapping) and isinstance(values, Mapping):
+        return {key: _selected(values[key], inner) for key, inner in shape.items()}
+    return values
+
+
+def _changes(overrides: Sequence[str]) -> dict[str, Any]:
+    """Overrides of known and unknown keys as a nested dict."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from sparseopt._yaml import parse
+
+    changes = OmegaConf.create()
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip("."):
+            raise OverrideError(f"--set expects key=value, got {override!r}.")
+        try:
+            OmegaConf.update(changes, key, parse(value), force_add=True)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise OverrideError(f"--set {override!r} cannot be parsed: {' '.join(str(error).split())}.") from error
+    plain = OmegaConf.to_container(changes, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
 def _overrides(schema: Schema, overrides: Sequence[str], flags: Mapping[str, Any]) -> Any:
     """Overrides and flags as one OmegaConf object, checked alone, so that an error is known to be theirs."""
     import yaml
@@ -113,11 +198,16 @@ def _overrides(schema: Schema, overrides: Sequence[str], flags: Mapping[str, Any
 
 
 def _read(path: Path) -> dict[str, Any]:
+    return _sections(_parse(path))
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """What a file holds, whatever its keys are."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file {str(path)!r}.")
     if path.suffix == ".toml":
         try:
-            return _sections(tomllib.loads(path.read_text()))
+            return tomllib.loads(path.read_text())
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is not valid TOML: {error}.") from error
     if path.suffix not in (".yaml", ".yml"):
@@ -134,7 +224,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold sections with keys, got a {type(content).__name__}.")
-    return _sections({str(key): value for key, value in content.items()})
+    return {str(key): value for key, value in content.items()}
 
 
 def _sections(content: dict[str, Any]) -> dict[str, Any]:
@@ -163,16 +253,19 @@ def _unknown(schema: Schema, keys: Iterable[str]) -> list[str]:
     return sentences
 
 
-def _checked(schema: Schema, values: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+def _checked(schema: Schema, values: Mapping[Any, Any], *, warn: bool = True) -> dict[str, dict[str, Any]]:
     result = defaults(schema)
     for section, content in values.items():
+        if not isinstance(content, Mapping) and section in schema:
+            raise ValueError(f"Section {section!r} must hold keys, got {content!r}.")
         if section not in schema:
             _warn(_unknown(schema, [f"{section}.{key}" for key in content] or [str(section)]))
             continue
         for key, value in content.items():
             setting = schema[section].get(key)
             if setting is None:
-                _warn(_unknown(schema, [f"{section}.{key}"]))
+                if warn:
+                    _warn(_unknown(schema, [f"{section}.{key}"]))
                 continue
             result[section][key] = _value(f"{section}.{key}", setting, value)
     return result

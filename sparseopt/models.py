@@ -21,9 +21,9 @@ from sparseopt._files import atomic_folder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["cache_dir", "load_model", "load_tokenizer", "resolve", "sanitize_name"]
+__all__ = ["cache_dir", "load_config", "load_model", "load_tokenizer", "resolve", "sanitize_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,15 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval()
+
+
+def load_config(name_or_path: str, revision: str | None = None) -> PretrainedConfig:
+    """Loads the architecture of :func:`load_model` of the same name, without weights; errors as there."""
+    from transformers import AutoConfig
+
+    source, options = _locate(name_or_path, revision)
+    with _one_sentence(name_or_path):
+        return AutoConfig.from_pretrained(source, **options)
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CHAIN", "DPO", "FLAGS", "GRPO", "METHODS", "SFT", "Schema", "Setting"]
+__all__ = ["CHAIN", "DPO", "FLAGS", "GRPO", "LM", "METHODS", "SFT", "Schema", "Setting"]
 
 
 @dataclass(frozen=True)
@@ -280,6 +280,80 @@ CHAIN: Schema = {
     "sparse_dpo": _settings_of(DPO),
     "dense_grpo": _settings_of(GRPO),
     "sparse_grpo": _settings_of(GRPO),
+}
+
+# ---- sparseopt train lm: any further key is kept in the run's configuration -----------------------------------------
+LM: Schema = {
+    "model": {
+        "name": Setting("gpt2", str, "gpt2 or another known shape, a Hub name, a local folder, or smollm2"),
+        "context_length": Setting(1024, int, "tokens of a sequence"),
+        "pretrained": Setting(
+            False, bool, "begin with the weights of that name; otherwise only its architecture is used"
+        ),
+        "config": Setting({}, dict, "changes of the architecture, such as {n_layer: 2, n_head: 2, n_embd: 64}"),
+        "tokenizer": Setting(None, str, "a folder, a Hub name, smollm2 or bytes; default: the model's own"),
+        "revision": Setting(None, str, "revision of a Hub model"),
+    },
+    "data": {
+        "dataset_path": Setting(None, str, "a text or table file, a folder of them, or a Hub dataset"),
+        "dataset_size": Setting(
+            None, str, "{dataset_path}/{dataset_size} where that exists, else the first so many tokens; default: all"
+        ),
+        "eval_path": Setting(None, str, "texts to evaluate on; default: the last part of the training text"),
+        "valid_fraction": Setting(0.05, float, "that part; 0: no evaluation"),
+        "column": Setting("text", str, "column of a table that holds the text"),
+        "split": Setting("train", str, "split of a Hub dataset"),
+    },
+    "training": {
+        "batch_size": Setting(32, int, "sequences of a batch, per process"),
+        "max_gpu_batch_size": Setting(16, int, "a larger batch is split into micro-batches of at most so many"),
+        "eval_batch_size": Setting(16, int, "sequences of a batch in evaluation"),
+        "gradient_accumulation_steps": Setting(1, int, "batches per optimizer step"),
+        "learning_rate": Setting(6e-4, float, "peak learning rate"),
+        "num_epochs": Setting(1.0, float, "passes over the data"),
+        "max_steps": Setting(None, int, "optimizer steps, instead of epochs"),
+        "correct_bias": Setting(True, bool, "AdamW's bias correction"),
+        "seed": Setting(42, int, "of the weights, the order of the data and dropout"),
+        "scheduler": Setting("linear", str, "learning rate after the warm-up", ("linear", "cosine")),
+        "warmup_steps": Setting(0, int, "steps in which the learning rate rises"),
+        "save_steps": Setting(500, int, "steps between two checkpoints; 0: only the final one"),
+        "eval_steps": Setting(500, int, "steps between two evaluations; 0: only at the end"),
+        "logging_steps": Setting(10, int, "steps between two entries of log.jsonl"),
+        "precision": Setting("fp32", str, "bf16 and fp16: mixed precision, weights in fp32", ("fp32", "bf16", "fp16")),
+        "gradient_checkpointing": Setting(False, bool, "recompute activations in backward"),
+        "device": Setting("auto", str, "auto, cpu or cuda"),
+    },
+    "run": {
+        "name": Setting(None, str, "name of the run"),
+        "init_type": Setting(
+            "normal",
+            str,
+            "normal: the model's own initialization; gaussian: every matrix alike",
+            ("normal", "gaussian"),
+        ),
+        "checkpoint": Setting(None, str, "go on from this checkpoint: weights, optimizer, scheduler, RNG, data"),
+    },
+    "initialization": {
+        "init_std": Setting(None, float, "standard deviation of the weights; default: the model's own, gaussian 0.02"),
+        "init_mean": Setting(None, float, "their mean; other than 0 with gaussian only"),
+    },
+    "optimizer": {
+        "name": Setting(None, str, "default: sparse_adamw with a mask, else adamw", ("adamw", "sparse_adamw")),
+        "mask": Setting(None, str, "mask file: train its active entries only"),
+        "unmasked": Setting("error", str, "parameters that the mask file does not name", ("error", "freeze", "dense")),
+        **{key: _OPTIMIZER[key] for key in ("betas", "eps", "weight_decay", "max_grad_norm", "master_weights")},
+        "capture_gradients": Setting(
+            None, bool, "under a mask: free dense gradients during backward; default: where checkpoints hold none"
+        ),
+    },
+    "checkpoints": {
+        "gradients": Setting(True, bool, "save the gradients of the step with a checkpoint, before clipping"),
+        "micro_gradients": Setting(False, bool, "save those of each of its micro-batches, too"),
+        "keep_last": Setting(None, int, "newest checkpoints to keep; no keep_*: all are kept"),
+        "keep_best": Setting(None, int, "checkpoints of the lowest validation loss to keep"),
+        "keep_every": Setting(None, int, "keep those whose step is a multiple of this"),
+    },
+    "tracking": _TRACKING,
 }
 
 # flag of `sparseopt train dpo|grpo|sft` -> key

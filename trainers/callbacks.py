@@ -67,10 +67,15 @@ class TrainProgress(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends what the trainer logs to a JSON-lines file, one object per log entry with its step."""
+    """Appends what the trainer logs to a JSON-lines file, one object per log entry with its step.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: the file.
+        keys: entries that hold one of these are written.
+    """
+
+    def __init__(self, path: Path, keys: tuple[str, ...] = ("loss",)) -> None:
+        self._path, self._keys = path, keys
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         # A resumed run repeats the steps after its checkpoint: entries of the interrupted one past it are dropped.
@@ -84,7 +89,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, float] | None = None, **kw: Any) -> None:  # fmt: skip
-        if logs and "loss" in logs:
+        if logs and any(key in logs for key in self._keys):
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 

@@ -25,7 +25,8 @@ CommandOption = Annotated[
     str | None,
     typer.Option(
         "--command",
-        help="What to run, with {config}, {run_dir}, {run_id}, {base_dir}, {python} filled in.",
+        help="What to run, with {config}, {run_dir}, {run_id}, {base_dir}, {python} filled in"
+        " (default: sparseopt train lm --config {config}).",
     ),
 ]
 DryRunFlag = Annotated[bool, typer.Option("--dry_run", help="Only print the combinations.")]
@@ -37,7 +38,7 @@ SkipFlag = Annotated[bool, typer.Option("--skip_failed", help="Do not try again 
     "run",
     cls=Command,
     epilog=example(
-        "sparseopt sweep run base.yaml sweep.yaml --command 'python train.py {config}' --jobs 2",
+        "sparseopt sweep run configs/train_config.yaml configs/sweep_config.yaml --jobs 2",
         "sparseopt sweep run base.yaml sweep.yaml --dry_run",
         "sparseopt sweep run base.yaml sweep.yaml --command 'python my_training.py {config} --output {run_dir}'",
     ),
@@ -57,7 +58,7 @@ def run(
 
     Run again, it leaves alone what is finished (the same configuration under the same sweep_name) and does the rest.
     """
-    plan = _plan(config, sweep, command, base_dir, dry_run)
+    plan = _plan(config, sweep, command, base_dir)
     if dry_run:
         _print_plan(plan, json)
         return
@@ -68,7 +69,7 @@ def run(
     "submit",
     cls=Command,
     epilog=example(
-        "sparseopt sweep submit base.yaml sweep.yaml --command 'python train.py {config}' --partition gpu --gpus 1 --time 4:00:00",
+        "sparseopt sweep submit configs/train_config.yaml configs/sweep_config.yaml --partition gpu --gpus 1 --time 4:00:00",
         "sparseopt sweep submit base.yaml sweep.yaml --command 'python train.py {config}' --jobs 4 --extra account=lab qos=high",
         "sparseopt sweep status learning_rate_sweep",
     ),
@@ -125,7 +126,7 @@ def submit(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    plan = _plan(config, sweep, command, base_dir, dry_run)
+    plan = _plan(config, sweep, command, base_dir)
     if dry_run:
         _print_plan(plan, json)
         return
@@ -179,13 +180,11 @@ def status(
     print(_summary(states))
 
 
-def _plan(config: Path, sweep: Path, command: str | None, base_dir: Path, dry_run: bool) -> Plan:
+def _plan(config: Path, sweep: Path, command: str | None, base_dir: Path) -> Plan:
     from sparseopt.runs import launching, sweeps
 
-    if command is None and not dry_run:
-        raise typer.BadParameter("--command is needed: what each run starts, such as 'python train.py {config}'.")
     try:
-        words = [] if command is None else launching.split_command(command)
+        words = launching.split_command(launching.DEFAULT_COMMAND if command is None else command)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     spec, base = sweeps.read_sweep(sweep), sweeps.read_config(config)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparseopt.cli import train_lm
 from sparseopt.cli._command import SEVERAL, Command, DebugFlag, JsonFlag, example, group, print_json
 
 app = group("train", help="Train a model: every weight, a LoRA adapter, or only the weights of a mask.")
@@ -186,6 +187,9 @@ def _configuration(
 
 for _name in _TEXT:
     app.command(_name, cls=Command, epilog=example(*_EXAMPLES[_name]))(_method(_name))
+
+
+app.command("lm", cls=Command, epilog=train_lm.EXAMPLE)(train_lm.lm)
 
 
 @app.command(

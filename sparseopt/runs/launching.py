@@ -22,8 +22,9 @@ from sparseopt.runs._worker import is_worked_on
 from sparseopt.runs.registry import RunManager
 from sparseopt.runs.sweeps import PLANS, Combination, Plan, load_plan
 
-__all__ = ["command_of", "plan_lock", "run_plan", "split_command", "state_of"]
+__all__ = ["DEFAULT_COMMAND", "command_of", "plan_lock", "run_plan", "split_command", "state_of"]
 
+DEFAULT_COMMAND = "{python} -P -m sparseopt train lm --config {config} --base_dir {base_dir}"
 PLACEHOLDERS = ("python", "config", "run_id", "run_dir", "base_dir")
 POLL_S = 0.05
 # Interrupted commands have so long to write what they need for going on.

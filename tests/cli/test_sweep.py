@@ -246,8 +246,6 @@ def test_dry_run_and_bad_input(sweep: Sweep) -> None:
     for command, sentence in (("", "is empty"), ("'", "cannot be split"), ("true", "The command must hold {config}")):
         result = call(*sweep.run[:3], "--command", command)
         assert (result.exit_code, sentence in " ".join(result.stderr.replace("│", " ").split())) == (2, True)
-    result = call(*sweep.run[:3])
-    assert (result.exit_code, "--command is needed" in " ".join(result.stderr.split())) == (2, True)
     sweep.write("p.a: [1]")
     result = call(*sweep.run[:3], "--command", "no-such-program {config}")
     assert result.exit_code == 1

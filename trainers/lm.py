@@ -1,0 +1,426 @@
+"""``sparseopt train lm``: language-model training from a configuration file, booked in the registry of runs.
+
+    register -> tokenize -> build -> train (log, evaluate, checkpoint) -> final checkpoint -> final metrics
+
+The run's folder ``{base_dir}/{run_id}/`` holds ``config.yaml``, ``run.json``, ``log.jsonl``, ``checkpoint_{step}/`` and
+``final_checkpoint/`` (:mod:`sparseopt.trainers.lm_checkpoints`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+import sparseopt as so
+from sparseopt._files import atomic_folder, clear_leftovers
+from sparseopt.progress import announce_device
+from sparseopt.runs._worker import worker_lock
+from sparseopt.runs.registry import RUN_ID_VARIABLE, RunManager
+from sparseopt.trainers import lm_checkpoints, lm_data, lm_model
+from sparseopt.trainers.attachment import attach
+from sparseopt.trainers.bookkeeping import tracking
+from sparseopt.trainers.callbacks import InterruptGuard, MetricsFile, TrainProgress
+from sparseopt.trainers.lm_trainer import Flow, Layout, LmTrainer, barrier, broadcast
+
+__all__ = ["split_batch", "train"]
+
+Config = dict[str, dict[str, Any]]
+LOG = "log.jsonl"
+# Renamed in transformers 5.2x; the old name warns there.
+_CHECKPOINTING = next(
+    field.name for field in dataclasses.fields(TrainingArguments)
+    if field.name in ("activation_checkpointing", "gradient_checkpointing")
+)  # fmt: skip
+# What is counted, and the least that makes sense.
+LEAST = {
+    "model": {"context_length": 2},
+    "training": {
+        "batch_size": 1, "max_gpu_batch_size": 1, "eval_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1,
+        "warmup_steps": 0, "save_steps": 0, "eval_steps": 0, "logging_steps": 1, "num_epochs": 0,
+    },
+    "checkpoints": {"keep_last": 1, "keep_best": 1, "keep_every": 1},
+}  # fmt: skip
+
+
+def train(
+    settings: Config, given: dict[str, Any], base_dir: str | os.PathLike[str] = "saved_models",
+    *, resume: str | None = None,
+) -> Path:  # fmt: skip
+    """Trains a language model; returns the run's folder.
+
+    In a process that a sweep started, the run is the sweep's, and goes on from its newest checkpoint if it has one.
+
+    Args:
+        settings: the sections of :data:`sparseopt.schemas.LM`.
+        given: the configuration as it is registered, with keys of any kind; ``deepspeed`` is a file or a dict for it.
+        base_dir: folder of the runs.
+        resume: id of a run to go on with, from its newest checkpoint.
+
+    Raises:
+        KeyboardInterrupt: stopped by the user, with a checkpoint to go on from.
+        FileNotFoundError: text, model, mask or checkpoint are not there.
+        ValueError: settings that make no sense, or a run that cannot be gone on with.
+    """
+    return LmRun(settings, given, RunManager(base_dir), resume).execute()
+
+
+def split_batch(batch: int, most: int) -> tuple[int, int]:
+    """(size, number) of the micro-batches of a batch: the largest size up to ``most`` that divides it."""
+    size = max(size for size in range(1, min(batch, most) + 1) if batch % size == 0)
+    return size, batch // size
+
+
+class LmRun:
+    """One run."""
+
+    def __init__(self, settings: Config, given: dict[str, Any], manager: RunManager, resume: str | None) -> None:
+        self.settings, self.given, self.manager = settings, given, manager
+        _check(settings)
+        self.sources = lm_data.find_sources(settings["data"])
+        checkpoint = settings["run"]["checkpoint"]
+        self.states = None if checkpoint is None else lm_checkpoints.states_of(Path(checkpoint).expanduser())
+        self.masks = self._masks()
+        self.deepspeed = _deepspeed(given.get("deepspeed"), settings)
+        self.resumed = None if resume is None else self._resumable(resume)
+        training = settings["training"]
+        self.micro, pieces = split_batch(training["batch_size"], training["max_gpu_batch_size"])
+        self.accumulation = pieces * training["gradient_accumulation_steps"]
+        self.first = int(os.environ.get("RANK", "0")) == 0
+
+    def execute(self) -> Path:
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
+        device = announce_device(self.settings["training"]["device"])
+        arguments = self._arguments(device)
+        with contextlib.ExitStack() as stack:
+            run_id = broadcast(self._begin(stack) if self.first else None)
+            self.folder = self.manager.base_dir / run_id
+            arguments.output_dir = str(self.folder)
+            try:
+                self._train(run_id, arguments)
+            except KeyboardInterrupt:
+                self._say(f"Stopped: sparseopt train lm --resume {run_id} --base_dir {self.manager.base_dir} goes on.")
+                raise
+        return self.folder
+
+    # ---- the books -----------------------------------------------------------------------------------------------------
+    def _begin(self, stack: contextlib.ExitStack) -> str:
+        """Registers the run, and books its end; only the first process does."""
+        manager, swept = self.manager, os.environ.get(RUN_ID_VARIABLE)
+        run_id = self.resumed or manager.setup_run(self.given)
+        folder = manager.base_dir / run_id
+        # A sweep's worker holds this lock for us.
+        if run_id != swept and not stack.enter_context(worker_lock(folder, 1.0)):
+            raise ValueError(f"Another process works on the run {run_id}.")
+        if self.resumed:
+            manager.register_run(run_id, self.given)
+        stack.enter_context(self._booked(run_id))
+        clear_leftovers(folder)
+        self._say(f"Run: {folder}")
+        return run_id
+
+    @contextlib.contextmanager
+    def _booked(self, run_id: str) -> Iterator[None]:
+        manager = self.manager
+        manager.start_run(run_id)
+        try:
+            with manager.beating(run_id):
+                yield
+        except KeyboardInterrupt:
+            manager.finish_run(run_id, "crashed", "Interrupted; it can be resumed.")
+            raise
+        except BaseException as error:
+            manager.finish_run(run_id, "failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
+            raise
+        manager.finish_run(run_id)
+
+    def _resumable(self, run_id: str) -> str:
+        run_id = self.manager.resolve(run_id)
+        status = self.manager.get_run(run_id)["status"]
+        if status == "finished":
+            raise ValueError(f"The run {run_id} is finished; run.checkpoint goes on from its final_checkpoint.")
+        if status == "running":
+            raise ValueError(f"The run {run_id} is running.")
+        return run_id
+
+    # ---- the way through -----------------------------------------------------------------------------------------------
+    def _train(self, run_id: str, arguments: TrainingArguments) -> None:
+        settings, began = self.settings, time.monotonic()
+        own = lm_checkpoints.newest(self.folder)  # a run that goes on; every process sees the same
+        states = lm_checkpoints.states_of(own) if own else self.states
+        tokenizer, tokenizer_name = lm_model.load_tokenizer(settings["model"])
+        data, held_out = lm_data.load_blocks(
+            self.sources, settings["data"], tokenizer, settings["model"]["context_length"]
+        )
+        about = {"blocks": len(data), "context_length": settings["model"]["context_length"], "tokens": data.fingerprint}
+        _same_data(states, about)
+        set_seed(settings["training"]["seed"])
+        model = lm_model.build_model(settings, tokenizer, own=tokenizer_name == settings["model"]["name"])
+        count = sum(p.numel() for p in model.parameters())
+        self._say(
+            f"Model: {settings['model']['name']}, {count:,} weights; {lm_model.weights_of(settings)}; tokenizer: "
+            f"{tokenizer_name}.\nData: {data.tokens.size:,} tokens in {len(data):,} sequences; "
+            f"{len(held_out) if held_out else 0:,} held out."
+        )
+        guard, progress = InterruptGuard(), TrainProgress()
+        trainer = self._trainer(arguments, model, tokenizer, data, held_out, about, guard)
+        if self.first:
+            trainer.add_callback(progress)
+            trainer.add_callback(MetricsFile(self.folder / LOG, ("loss", "eval_loss")))
+            trainer.add_callback(_Books(self.manager, run_id))
+        if states is not None:
+            self._say(f"Going on from {states.parent}.")
+        self._metrics(run_id, parameters=count, tokenizer=tokenizer_name)
+        if not self._finished(trainer, states, held_out):
+            try:
+                with guard, tracking(settings["tracking"]["project"] or "sparseopt-lm", self.folder):
+                    trainer.train(resume_from_checkpoint=None if states is None else str(states))
+            except BaseException as error:
+                progress.close(error)
+                raise
+            if guard.interrupted and trainer.state.global_step < trainer.state.max_steps:
+                raise KeyboardInterrupt
+            trainer.write(self.folder / lm_checkpoints.FINAL)
+        self._report(run_id, trainer.state, time.monotonic() - began)
+
+    def _trainer(
+        self, arguments: TrainingArguments, model: Any, tokenizer: Any, data: lm_data.Blocks,
+        held_out: lm_data.Blocks | None, about: dict[str, Any], guard: InterruptGuard,
+    ) -> LmTrainer:  # fmt: skip
+        settings, checkpoints = self.settings, self.settings["checkpoints"]
+        layout = Layout(self.folder, settings["training"]["save_steps"], data=about, **checkpoints)
+        if held_out is None:
+            arguments.eval_strategy = "no"  # type: ignore[assignment]
+        trainer = LmTrainer(
+            model=model, args=arguments, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer,
+            data_collator=default_data_collator, layout=layout, guard=guard,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Flow(trainer))
+        biased = not settings["training"]["correct_bias"]
+        if self.masks is not None or biased or settings["optimizer"]["name"] == "sparse_adamw":
+            optimizer = settings["optimizer"]
+            capture = optimizer["capture_gradients"]
+            masks = self.masks or so.MaskSet.full_like(model)
+            options: dict[str, Any] = {} if capture is not False and not checkpoints["gradients"] else {
+                "capture_gradients": False
+            }  # fmt: skip
+            attach(
+                trainer, masks, master_weights=optimizer["master_weights"], unmasked=optimizer["unmasked"],
+                correct_bias=not biased, **options,
+            )  # fmt: skip
+            if self.masks is not None:
+                self._say(f"Training {masks.active_parameters:,} of {masks.total_parameters:,} weights under the mask.")
+        return trainer
+
+    def _finished(self, trainer: LmTrainer, states: Path | None, held_out: Any) -> bool:
+        """Whether a checkpoint is the end already: then it is evaluated and becomes the final one."""
+        if states is None:
+            return False
+        state = TrainerState.load_from_json(str(states / lm_checkpoints.STATE))
+        steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+        if state.global_step < steps:
+            return False
+        if states.parent.parent != self.folder:
+            raise ValueError(
+                f"{str(states.parent)!r} is at step {state.global_step} and the run ends at step {steps}: raise "
+                "training.num_epochs or training.max_steps."
+            )
+        if self.first:
+            with atomic_folder(self.folder / lm_checkpoints.FINAL, replace=True) as folder:
+                shutil.copytree(states.parent, folder, dirs_exist_ok=True)
+        barrier()
+        trainer.state = state
+        return True
+
+    def _report(self, run_id: str, state: TrainerState, seconds: float) -> None:
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        valid = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        metrics: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch, "train_seconds": round(seconds, 1)}
+        if losses:
+            metrics["final_train_loss"] = losses[-1]
+        if valid:
+            metrics |= {"final_valid_loss": valid[-1], "final_valid_perplexity": perplexity(valid[-1])}
+            metrics["best_valid_loss"] = min(valid)
+        self._metrics(run_id, **metrics)
+        shown = [f"training loss {losses[-1]:.4f}"] if losses else []
+        shown += [f"validation loss {valid[-1]:.4f}, perplexity {perplexity(valid[-1]):.2f}"] if valid else []
+        self._say(f"{state.global_step} steps: {', '.join(shown)}.")
+
+    def _metrics(self, run_id: str, **metrics: Any) -> None:
+        """Adds metrics to the run; only the first process does."""
+        if self.first:
+            self.manager.update_metrics(run_id, metrics)
+
+    # ---- settings ------------------------------------------------------------------------------------------------------
+    def _arguments(self, device: torch.device) -> TrainingArguments:
+        """transformers' arguments; starts the processes' group where there are several."""
+        training, optimizer, names = (self.settings[key] for key in ("training", "optimizer", "tracking"))
+        if self.deepspeed is not None:
+            _single_process_environment()
+        every, evaluated = training["save_steps"], training["eval_steps"]
+        arguments = TrainingArguments(
+            output_dir=str(self.manager.base_dir),
+            per_device_train_batch_size=self.micro,
+            per_device_eval_batch_size=training["eval_batch_size"],
+            gradient_accumulation_steps=self.accumulation,
+            num_train_epochs=training["num_epochs"],
+            max_steps=training["max_steps"] or -1,
+            learning_rate=training["learning_rate"],
+            adam_beta1=optimizer["betas"][0],
+            adam_beta2=optimizer["betas"][1],
+            adam_epsilon=optimizer["eps"],
+            weight_decay=optimizer["weight_decay"],
+            max_grad_norm=optimizer["max_grad_norm"],
+            optim="adamw_torch_fused" if self.deepspeed is None else "adamw_torch",
+            lr_scheduler_type=training["scheduler"],
+            warmup_steps=training["warmup_steps"],
+            logging_steps=training["logging_steps"],
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if every else "no",
+            save_steps=every or 1,
+            eval_strategy="steps",
+            eval_steps=evaluated or sys.maxsize,  # the end is always evaluated
+            seed=training["seed"],
+            bf16=training["precision"] == "bf16",
+            fp16=training["precision"] == "fp16",
+            prediction_loss_only=True,
+            remove_unused_columns=False,
+            report_to=names["report_to"] or [],
+            run_name=names["run_name"] or self.settings["run"]["name"],
+            disable_tqdm=True,
+            use_cpu=device.type == "cpu",
+            deepspeed=self.deepspeed,
+            **{_CHECKPOINTING: training["gradient_checkpointing"]},
+        )
+        if arguments.parallel_mode.value == "not_distributed" and arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # several GPUs are for several processes (torchrun), not for one with DataParallel
+        if arguments.world_size > 1 and self.settings["checkpoints"]["micro_gradients"]:
+            raise ValueError("checkpoints.micro_gradients are those of one process: turn them off, or train with one.")
+        sequences = self.micro * self.accumulation * arguments.world_size
+        self._say(
+            f"Batches: {sequences:,} sequences a step, {self.accumulation} micro-batches of {self.micro}"
+            + (f" in each of {arguments.world_size} processes." if arguments.world_size > 1 else ".")
+        )
+        return arguments
+
+    def _masks(self) -> so.MaskSet | None:
+        path = self.settings["optimizer"]["mask"]
+        return None if path is None else so.MaskSet.load(path)
+
+    def _say(self, text: str) -> None:
+        if self.first:
+            print(text, file=sys.stderr, flush=True)
+
+
+class _Books(TrainerCallback):
+    """Tells the registry how far a run is, with each evaluation."""
+
+    def __init__(self, manager: RunManager, run_id: str) -> None:
+        self._manager, self._run_id = manager, run_id
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+               logs: dict[str, float] | None = None, **kw: Any) -> None:  # fmt: skip
+        if logs and "eval_loss" in logs:
+            loss = logs["eval_loss"]
+            metrics = {"step": state.global_step, "valid_loss": loss, "valid_perplexity": perplexity(loss)}
+            self._manager.update_metrics(self._run_id, metrics)
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss; infinite where that is too large for a number."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _check(settings: Config) -> None:
+    """Finds wrong values before anything is loaded."""
+    for section, keys in LEAST.items():
+        for key, low in keys.items():
+            value = settings[section][key]
+            if value is not None and value < low:
+                raise ValueError(f"{section}.{key} must be at least {low}, got {value}.")
+    optimizer, checkpoints = settings["optimizer"], settings["checkpoints"]
+    if len(optimizer["betas"]) != 2:
+        raise ValueError(f"optimizer.betas must be two numbers, got {optimizer['betas']}.")
+    if optimizer["name"] == "adamw" and optimizer["mask"] is not None:
+        raise ValueError("optimizer.mask needs the optimizer sparse_adamw: leave out optimizer.name.")
+    if optimizer["capture_gradients"] and checkpoints["gradients"]:
+        raise ValueError(
+            "optimizer.capture_gradients frees the gradients that checkpoints.gradients saves: turn one of them off."
+        )
+    if checkpoints["micro_gradients"] and not checkpoints["gradients"]:
+        raise ValueError("checkpoints.micro_gradients needs checkpoints.gradients.")
+
+
+def _deepspeed(value: Any, settings: Config) -> str | dict[str, Any] | None:
+    """The configuration of DeepSpeed, a file or a dict; None: without.
+
+    Raises:
+        ValueError: something else, or together with SparseAdamW.
+        ModuleNotFoundError: DeepSpeed is not installed.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, (str, dict)):
+        raise ValueError(f"deepspeed must be a file or a dict for DeepSpeed, got {value!r}.")
+    optimizer = settings["optimizer"]
+    if optimizer["mask"] is not None or optimizer["name"] == "sparse_adamw" or not settings["training"]["correct_bias"]:
+        what = "training.correct_bias false is SparseAdamW's, and " if not settings["training"]["correct_bias"] else ""
+        raise ValueError(
+            f"{what}SparseAdamW does not run under DeepSpeed, which owns the optimizer: leave out one of them."
+        )
+    if settings["checkpoints"]["micro_gradients"]:
+        raise ValueError("checkpoints.micro_gradients: DeepSpeed has no gradients of single micro-batches.")
+    if isinstance(value, str) and not Path(value).is_file():
+        raise FileNotFoundError(f"deepspeed: there is no file {value!r}.")
+    import deepspeed  # noqa: F401 (a missing package is said with its extra)
+
+    return value
+
+
+def _single_process_environment() -> None:
+    """DeepSpeed asks a launcher's variables; without a launcher this is the one process."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(single)
+
+
+def _same_data(states: Path | None, about: dict[str, Any]) -> None:
+    """Raises ValueError where a checkpoint's position is one in other data."""
+    if states is None or not (states / "data.json").is_file():
+        return
+    before = json.loads((states / "data.json").read_text())
+    if before != about:
+        raise ValueError(
+            f"{str(states.parent)!r} was trained on other data ({before['blocks']:,} sequences of "
+            f"{before['context_length']:,} tokens; here {about['blocks']:,} of {about['context_length']:,}, or other text)."
+        )
