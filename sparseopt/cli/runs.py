@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from sparseopt.cli import runs_gradients
 from sparseopt.cli._command import Command, DebugFlag, JsonFlag, example, group, print_json
 
-app = group("runs", help="Look at runs of experiments: list, filter and sort them, show one, export them.")
+app = group(
+    "runs", help="Look at runs of experiments: list, filter, sort, show, export; analyse gradients; report on a sweep."
+)
 
 BaseDirOption = Annotated[Path, typer.Option("--base_dir", help="Folder of the runs.")]
 
@@ -199,3 +202,6 @@ def export(
         print_json({"folders": [str(folder) for folder in folders]})
     else:
         print(f"{len(folders)} runs written to {folders[0].parent}")
+
+
+app.command("gradients", cls=Command, epilog=runs_gradients.EXAMPLE)(runs_gradients.gradients)
