@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseopt.cli import runs_gradients
+from sparseopt.cli import runs_gradients, runs_report
 from sparseopt.cli._command import Command, DebugFlag, JsonFlag, example, group, print_json
 
 app = group(
@@ -205,3 +205,4 @@ def export(
 
 
 app.command("gradients", cls=Command, epilog=runs_gradients.EXAMPLE)(runs_gradients.gradients)
+app.command("report", cls=Command, epilog=runs_report.EXAMPLE)(runs_report.report)
