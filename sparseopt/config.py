@@ -128,13 +128,21 @@ def load_open(
 
 def _new_keys(schema: Schema, values: Mapping[Any, Any]) -> Iterator[str]:
     """A sentence about each unknown key of a known section, and each section that looks like a known one."""
+    kept = "It is kept with the run, and nothing else reads it."
     for section, content in values.items():
-        if section in schema:
-            keys = [f"{section}.{key}" for key in content if key not in schema[section]]
-            for sentence in _unknown(schema, keys):
-                yield f"{sentence} It is kept with the run, and nothing else reads it."
-        elif near := difflib.get_close_matches(str(section), list(schema), n=1, cutoff=0.8):
-            yield f"Unknown section {str(section)!r}: did you mean {near[0]!r}? It is kept with the run, and nothing else reads it."
+        if section not in schema:
+            if near := difflib.get_close_matches(str(section), list(schema), n=1, cutoff=0.8):
+                yield f"Unknown section {str(section)!r}: did you mean {near[0]!r}? {kept}"
+            continue
+        for key in content:
+            if key in schema[section]:
+                continue
+            # By the key alone: what begins with the same section looks alike. Or it belongs to another section.
+            like = difflib.get_close_matches(str(key), list(schema[section]), n=1, cutoff=0.7)
+            near = [f"{section}.{key}" for key in like] or [
+                f"{other}.{key}" for other in schema if key in schema[other]
+            ]
+            yield f"Unknown setting '{section}.{key}'{f': did you mean {near[0]!r}?' if near else '.'} {kept}"
 
 
 def _selected(values: Any, shape: Any) -> Any:

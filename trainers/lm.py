@@ -9,12 +9,11 @@ The run's folder ``{base_dir}/{run_id}/`` holds ``config.yaml``, ``run.json``, `
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import io
 import json
 import math
 import os
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -38,30 +37,16 @@ from sparseopt._files import atomic_folder, clear_leftovers
 from sparseopt.progress import announce_device
 from sparseopt.runs._worker import worker_lock
 from sparseopt.runs.registry import RUN_ID_VARIABLE, RunManager
-from sparseopt.trainers import lm_checkpoints, lm_data, lm_model
+from sparseopt.trainers import lm_checkpoints, lm_data, lm_model, lm_settings
 from sparseopt.trainers.attachment import attach
 from sparseopt.trainers.bookkeeping import tracking
 from sparseopt.trainers.callbacks import InterruptGuard, MetricsFile, TrainProgress
 from sparseopt.trainers.lm_trainer import Flow, Layout, LmTrainer, barrier, broadcast
 
-__all__ = ["split_batch", "train"]
+__all__ = ["train"]
 
 Config = dict[str, dict[str, Any]]
 LOG = "log.jsonl"
-# Renamed in transformers 5.2x; the old name warns there.
-_CHECKPOINTING = next(
-    field.name for field in dataclasses.fields(TrainingArguments)
-    if field.name in ("activation_checkpointing", "gradient_checkpointing")
-)  # fmt: skip
-# What is counted, and the least that makes sense.
-LEAST = {
-    "model": {"context_length": 2},
-    "training": {
-        "batch_size": 1, "max_gpu_batch_size": 1, "eval_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1,
-        "warmup_steps": 0, "save_steps": 0, "eval_steps": 0, "logging_steps": 1, "num_epochs": 0,
-    },
-    "checkpoints": {"keep_last": 1, "keep_best": 1, "keep_every": 1},
-}  # fmt: skip
 
 
 def train(
@@ -86,33 +71,28 @@ def train(
     return LmRun(settings, given, RunManager(base_dir), resume).execute()
 
 
-def split_batch(batch: int, most: int) -> tuple[int, int]:
-    """(size, number) of the micro-batches of a batch: the largest size up to ``most`` that divides it."""
-    size = max(size for size in range(1, min(batch, most) + 1) if batch % size == 0)
-    return size, batch // size
-
-
 class LmRun:
     """One run."""
 
     def __init__(self, settings: Config, given: dict[str, Any], manager: RunManager, resume: str | None) -> None:
         self.settings, self.given, self.manager = settings, given, manager
-        _check(settings)
+        lm_settings.check(settings)
         self.sources = lm_data.find_sources(settings["data"])
         checkpoint = settings["run"]["checkpoint"]
         self.states = None if checkpoint is None else lm_checkpoints.states_of(Path(checkpoint).expanduser())
         self.masks = self._masks()
-        self.deepspeed = _deepspeed(given.get("deepspeed"), settings)
+        self.deepspeed = lm_settings.deepspeed_of(given.get("deepspeed"), settings)
         self.resumed = None if resume is None else self._resumable(resume)
         training = settings["training"]
-        self.micro, pieces = split_batch(training["batch_size"], training["max_gpu_batch_size"])
+        self.micro, pieces = lm_settings.split_batch(training["batch_size"], training["max_gpu_batch_size"])
         self.accumulation = pieces * training["gradient_accumulation_steps"]
         self.first = int(os.environ.get("RANK", "0")) == 0
 
     def execute(self) -> Path:
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
-        device = announce_device(self.settings["training"]["device"])
+        with self._quiet():
+            device = announce_device(self.settings["training"]["device"])
         arguments = self._arguments(device)
         with contextlib.ExitStack() as stack:
             run_id = broadcast(self._begin(stack) if self.first else None)
@@ -171,9 +151,10 @@ class LmRun:
         own = lm_checkpoints.newest(self.folder)  # a run that goes on; every process sees the same
         states = lm_checkpoints.states_of(own) if own else self.states
         tokenizer, tokenizer_name = lm_model.load_tokenizer(settings["model"])
-        data, held_out = lm_data.load_blocks(
-            self.sources, settings["data"], tokenizer, settings["model"]["context_length"]
-        )
+        with self._quiet():
+            data, held_out = lm_data.load_blocks(
+                self.sources, settings["data"], tokenizer, settings["model"]["context_length"]
+            )
         about = {"blocks": len(data), "context_length": settings["model"]["context_length"], "tokens": data.fingerprint}
         _same_data(states, about)
         set_seed(settings["training"]["seed"])
@@ -185,24 +166,26 @@ class LmRun:
             f"{len(held_out) if held_out else 0:,} held out."
         )
         guard, progress = InterruptGuard(), TrainProgress()
-        trainer = self._trainer(arguments, model, tokenizer, data, held_out, about, guard)
-        if self.first:
-            trainer.add_callback(progress)
-            trainer.add_callback(MetricsFile(self.folder / LOG, ("loss", "eval_loss")))
-            trainer.add_callback(_Books(self.manager, run_id))
-        if states is not None:
-            self._say(f"Going on from {states.parent}.")
-        self._metrics(run_id, parameters=count, tokenizer=tokenizer_name)
-        if not self._finished(trainer, states, held_out):
-            try:
-                with guard, tracking(settings["tracking"]["project"] or "sparseopt-lm", self.folder):
-                    trainer.train(resume_from_checkpoint=None if states is None else str(states))
-            except BaseException as error:
-                progress.close(error)
-                raise
-            if guard.interrupted and trainer.state.global_step < trainer.state.max_steps:
-                raise KeyboardInterrupt
-            trainer.write(self.folder / lm_checkpoints.FINAL)
+        # Trackers look at the environment when the trainer is made.
+        with tracking(settings["tracking"]["project"] or "sparseopt-lm", self.folder):
+            trainer = self._trainer(arguments, model, tokenizer, data, held_out, about, guard)
+            if self.first:
+                trainer.add_callback(progress)
+                trainer.add_callback(MetricsFile(self.folder / LOG, ("loss", "eval_loss")))
+                trainer.add_callback(_Books(self.manager, run_id))
+            if states is not None:
+                self._say(f"Going on from {states.parent}.")
+            self._metrics(run_id, parameters=count, tokenizer=tokenizer_name)
+            if not self._finished(trainer, states):
+                try:
+                    with guard:
+                        trainer.train(resume_from_checkpoint=None if states is None else str(states))
+                except BaseException as error:
+                    progress.close(error)
+                    raise
+                if guard.interrupted and trainer.state.global_step < trainer.state.max_steps:
+                    raise KeyboardInterrupt
+                trainer.write(self.folder / lm_checkpoints.FINAL)
         self._report(run_id, trainer.state, time.monotonic() - began)
 
     def _trainer(
@@ -212,7 +195,7 @@ class LmRun:
         settings, checkpoints = self.settings, self.settings["checkpoints"]
         layout = Layout(self.folder, settings["training"]["save_steps"], data=about, **checkpoints)
         if held_out is None:
-            arguments.eval_strategy = "no"  # type: ignore[assignment]
+            arguments.eval_strategy = "no"
         trainer = LmTrainer(
             model=model, args=arguments, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer,
             data_collator=default_data_collator, layout=layout, guard=guard,
@@ -223,7 +206,7 @@ class LmRun:
         if self.masks is not None or biased or settings["optimizer"]["name"] == "sparse_adamw":
             optimizer = settings["optimizer"]
             capture = optimizer["capture_gradients"]
-            masks = self.masks or so.MaskSet.full_like(model)
+            masks = so.MaskSet.full_like(model) if self.masks is None else self.masks
             options: dict[str, Any] = {} if capture is not False and not checkpoints["gradients"] else {
                 "capture_gradients": False
             }  # fmt: skip
@@ -235,8 +218,8 @@ class LmRun:
                 self._say(f"Training {masks.active_parameters:,} of {masks.total_parameters:,} weights under the mask.")
         return trainer
 
-    def _finished(self, trainer: LmTrainer, states: Path | None, held_out: Any) -> bool:
-        """Whether a checkpoint is the end already: then it is evaluated and becomes the final one."""
+    def _finished(self, trainer: LmTrainer, states: Path | None) -> bool:
+        """Whether a checkpoint is the end already: then it becomes the final one, with the evaluation it had."""
         if states is None:
             return False
         state = TrainerState.load_from_json(str(states / lm_checkpoints.STATE))
@@ -277,58 +260,23 @@ class LmRun:
     # ---- settings ------------------------------------------------------------------------------------------------------
     def _arguments(self, device: torch.device) -> TrainingArguments:
         """transformers' arguments; starts the processes' group where there are several."""
-        training, optimizer, names = (self.settings[key] for key in ("training", "optimizer", "tracking"))
-        if self.deepspeed is not None:
-            _single_process_environment()
-        every, evaluated = training["save_steps"], training["eval_steps"]
-        arguments = TrainingArguments(
-            output_dir=str(self.manager.base_dir),
-            per_device_train_batch_size=self.micro,
-            per_device_eval_batch_size=training["eval_batch_size"],
-            gradient_accumulation_steps=self.accumulation,
-            num_train_epochs=training["num_epochs"],
-            max_steps=training["max_steps"] or -1,
-            learning_rate=training["learning_rate"],
-            adam_beta1=optimizer["betas"][0],
-            adam_beta2=optimizer["betas"][1],
-            adam_epsilon=optimizer["eps"],
-            weight_decay=optimizer["weight_decay"],
-            max_grad_norm=optimizer["max_grad_norm"],
-            optim="adamw_torch_fused" if self.deepspeed is None else "adamw_torch",
-            lr_scheduler_type=training["scheduler"],
-            warmup_steps=training["warmup_steps"],
-            logging_steps=training["logging_steps"],
-            logging_nan_inf_filter=False,
-            save_strategy="steps" if every else "no",
-            save_steps=every or 1,
-            eval_strategy="steps",
-            eval_steps=evaluated or sys.maxsize,  # the end is always evaluated
-            seed=training["seed"],
-            bf16=training["precision"] == "bf16",
-            fp16=training["precision"] == "fp16",
-            prediction_loss_only=True,
-            remove_unused_columns=False,
-            report_to=names["report_to"] or [],
-            run_name=names["run_name"] or self.settings["run"]["name"],
-            disable_tqdm=True,
-            use_cpu=device.type == "cpu",
-            deepspeed=self.deepspeed,
-            **{_CHECKPOINTING: training["gradient_checkpointing"]},
+        arguments = lm_settings.training_arguments(
+            self.settings, self.manager.base_dir, device, self.micro, self.accumulation, self.deepspeed
         )
-        if arguments.parallel_mode.value == "not_distributed" and arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # several GPUs are for several processes (torchrun), not for one with DataParallel
-        if arguments.world_size > 1 and self.settings["checkpoints"]["micro_gradients"]:
-            raise ValueError("checkpoints.micro_gradients are those of one process: turn them off, or train with one.")
         sequences = self.micro * self.accumulation * arguments.world_size
         self._say(
-            f"Batches: {sequences:,} sequences a step, {self.accumulation} micro-batches of {self.micro}"
-            + (f" in each of {arguments.world_size} processes." if arguments.world_size > 1 else ".")
+            f"Batches: {sequences:,} sequences a step, {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of "
+            f"{self.micro}" + (f" in each of {arguments.world_size} processes." if arguments.world_size > 1 else ".")
         )
         return arguments
 
     def _masks(self) -> so.MaskSet | None:
         path = self.settings["optimizer"]["mask"]
         return None if path is None else so.MaskSet.load(path)
+
+    def _quiet(self) -> contextlib.AbstractContextManager[Any]:
+        """Only the first process tells of progress."""
+        return contextlib.nullcontext() if self.first else contextlib.redirect_stderr(io.StringIO())
 
     def _say(self, text: str) -> None:
         if self.first:
@@ -355,63 +303,6 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def _check(settings: Config) -> None:
-    """Finds wrong values before anything is loaded."""
-    for section, keys in LEAST.items():
-        for key, low in keys.items():
-            value = settings[section][key]
-            if value is not None and value < low:
-                raise ValueError(f"{section}.{key} must be at least {low}, got {value}.")
-    optimizer, checkpoints = settings["optimizer"], settings["checkpoints"]
-    if len(optimizer["betas"]) != 2:
-        raise ValueError(f"optimizer.betas must be two numbers, got {optimizer['betas']}.")
-    if optimizer["name"] == "adamw" and optimizer["mask"] is not None:
-        raise ValueError("optimizer.mask needs the optimizer sparse_adamw: leave out optimizer.name.")
-    if optimizer["capture_gradients"] and checkpoints["gradients"]:
-        raise ValueError(
-            "optimizer.capture_gradients frees the gradients that checkpoints.gradients saves: turn one of them off."
-        )
-    if checkpoints["micro_gradients"] and not checkpoints["gradients"]:
-        raise ValueError("checkpoints.micro_gradients needs checkpoints.gradients.")
-
-
-def _deepspeed(value: Any, settings: Config) -> str | dict[str, Any] | None:
-    """The configuration of DeepSpeed, a file or a dict; None: without.
-
-    Raises:
-        ValueError: something else, or together with SparseAdamW.
-        ModuleNotFoundError: DeepSpeed is not installed.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, (str, dict)):
-        raise ValueError(f"deepspeed must be a file or a dict for DeepSpeed, got {value!r}.")
-    optimizer = settings["optimizer"]
-    if optimizer["mask"] is not None or optimizer["name"] == "sparse_adamw" or not settings["training"]["correct_bias"]:
-        what = "training.correct_bias false is SparseAdamW's, and " if not settings["training"]["correct_bias"] else ""
-        raise ValueError(
-            f"{what}SparseAdamW does not run under DeepSpeed, which owns the optimizer: leave out one of them."
-        )
-    if settings["checkpoints"]["micro_gradients"]:
-        raise ValueError("checkpoints.micro_gradients: DeepSpeed has no gradients of single micro-batches.")
-    if isinstance(value, str) and not Path(value).is_file():
-        raise FileNotFoundError(f"deepspeed: there is no file {value!r}.")
-    import deepspeed  # noqa: F401 (a missing package is said with its extra)
-
-    return value
-
-
-def _single_process_environment() -> None:
-    """DeepSpeed asks a launcher's variables; without a launcher this is the one process."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(single)
 
 
 def _same_data(states: Path | None, about: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ A checkpoint appears under its name when it is whole.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -80,9 +79,3 @@ def retain(
         os.replace(folder / f"checkpoint_{step}", giving_way)
         shutil.rmtree(giving_way)
     return removed
-
-
-def evaluations(states: Path) -> dict[int, float]:
-    """Step -> validation loss, as a checkpoint's trainer state has them."""
-    history = json.loads((states / STATE).read_text())["log_history"]
-    return {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sparseopt._files import atomic_path
+from sparseopt.models import cache_dir
 from sparseopt.progress import Progress
 from sparseopt.projection.text import TABLES, TEXTS, documents
 
@@ -26,6 +30,7 @@ __all__ = ["Blocks", "Sources", "find_sources", "load_blocks", "parse_size"]
 SPLIT_ENDINGS = (".train", ".dev", ".valid", ".test")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 PIECE = 1 << 20  # characters that are tokenized together
+CACHED_BYTES = 4 << 20  # from this size of files on, seconds of tokenizing
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
@@ -177,6 +182,37 @@ def load_blocks(
 def _blocks(
     source: list[Path] | str, settings: dict[str, Any], tokenizer: Any, length: int, limit: int | None
 ) -> np.ndarray:
+    whole = _cached(source, settings, tokenizer, limit)
+    count = len(whole)
+    if count < length:
+        raise ValueError(
+            f"{source if isinstance(source, str) else source[0]} gives {count:,} tokens, fewer than one block of "
+            f"{length:,}: take more text or a smaller model.context_length."
+        )
+    return whole[: count // length * length].reshape(-1, length)
+
+
+def _cached(source: list[Path] | str, settings: dict[str, Any], tokenizer: Any, limit: int | None) -> np.ndarray:
+    """Tokens of large files are kept, and mapped into memory: the runs of a sweep tokenize them once."""
+    files = [] if isinstance(source, str) else [(path.resolve(), path.stat()) for path in source]
+    if sum(found.st_size for _, found in files) < CACHED_BYTES:
+        return _tokenized(source, settings, tokenizer, limit)
+    described = [[str(path), found.st_size, found.st_mtime_ns] for path, found in files]
+    key = json.dumps(
+        [described, settings["column"], limit, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id]
+    )
+    folder = cache_dir() / "tokens"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
+            tokens = _tokenized(source, settings, tokenizer, limit)
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.save(file, tokens)
+    return np.load(path, mmap_mode="r")
+
+
+def _tokenized(source: list[Path] | str, settings: dict[str, Any], tokenizer: Any, limit: int | None) -> np.ndarray:
     pieces: list[np.ndarray] = []
     count = 0
     with Progress("tokenize", limit, unit="token") as progress:
@@ -186,13 +222,7 @@ def _blocks(
             progress.update(completed=count)
             if limit is not None and count >= limit:
                 break
-    if count < length:
-        raise ValueError(
-            f"{source if isinstance(source, str) else source[0]} gives {count:,} tokens, fewer than one block of "
-            f"{length:,}: take more text or a smaller model.context_length."
-        )
-    whole = np.concatenate(pieces)
-    return whole[: count // length * length].reshape(-1, length)
+    return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
 
 
 def _tokens(texts: Iterable[tuple[str, bool]], tokenizer: Any) -> Iterator[np.ndarray]:

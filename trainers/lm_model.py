@@ -18,7 +18,7 @@ __all__ = ["build_model", "load_tokenizer", "weights_of"]
 Config = dict[str, dict[str, Any]]
 
 # Names of the Hub behind those of shapes, for their tokenizers.
-PUBLISHED = {name: f"openai-community/{name}" for name in SHAPES if name.startswith("gpt2")}
+PUBLISHED: dict[str, str] = {name: f"openai-community/{name}" for name in SHAPES if name.startswith("gpt2")}
 GAUSSIAN_STD = 0.02
 
 
@@ -97,14 +97,14 @@ def build_model(config: Config, tokenizer: Any, *, own: bool) -> PreTrainedModel
         FileNotFoundError: no such model.
         ValueError: settings that do not fit the architecture.
     """
-    settings = config["model"]
+    settings: dict[str, Any] = config["model"]
     length = settings["context_length"]
     if settings["pretrained"]:
         if settings["config"]:
             raise ValueError("model.config changes an architecture, which weights of model.pretrained do not follow.")
         if config["run"]["init_type"] != "normal" or any(v is not None for v in config["initialization"].values()):
             raise ValueError("model.pretrained brings its own weights: leave out run.init_type and initialization.")
-        source = PUBLISHED.get(settings["name"].lower(), settings["name"])
+        source = str(PUBLISHED.get(settings["name"].lower(), settings["name"]))
         model = models.load_model(source, "float32", revision=settings["revision"])
         longest = getattr(model.config, "max_position_embeddings", length)
         if length > longest:
@@ -116,7 +116,9 @@ def build_model(config: Config, tokenizer: Any, *, own: bool) -> PreTrainedModel
     architecture = _architecture(settings, tokenizer, own)
     _initializer_range(architecture, config)
     model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
-    if model.loss_type is None:  # GPT-2's class is not named as others are, which transformers would remark
+    if model.loss_type is None:
+        # GPT-2's class is not named as others are. Left so, the trainer would count the labels of a sequence without the
+        # shift by one, and losses and gradients would be too small by 1/context_length.
         model.loss_type = "ForCausalLM"
     if config["run"]["init_type"] == "gaussian":
         _gaussian(model, config["initialization"])
@@ -162,8 +164,8 @@ def _architecture(settings: dict[str, Any], tokenizer: Any, own: bool) -> Pretra
     for derived, cause in (("layer_types", "num_hidden_layers"), ("head_dim", "hidden_size")):
         if cause in changes and derived not in changes:
             values.pop(derived, None)
-    names = config.attribute_map
-    values |= {names.get(key, key): value for key, value in changes.items()}
+    names: dict[str, str] = config.attribute_map
+    values |= {str(names.get(key, key)): value for key, value in changes.items()}
     values |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     values |= {"pad_token_id": None, "architectures": None}
     values.pop("loss_type", None)

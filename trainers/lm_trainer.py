@@ -146,7 +146,7 @@ class LmTrainer(Trainer):
         layout = self.layout
         self.write(layout.folder / f"checkpoint_{self.state.global_step}")
         if self.args.should_save:
-            losses = {e["step"]: e["eval_loss"] for e in self.state.log_history if "eval_loss" in e}
+            losses = {int(e["step"]): e["eval_loss"] for e in self.state.log_history if "eval_loss" in e}
             lm_checkpoints.retain(layout.folder, losses, layout.keep_last, layout.keep_best, layout.keep_every)
 
     def write(self, target: Path) -> None:
@@ -157,7 +157,7 @@ class LmTrainer(Trainer):
             if self.args.should_save:
                 states.mkdir()
             barrier()
-            self.save_model(str(folder), _internal_call=True)
+            self._save_weights(folder)
             self._save_optimizer_and_scheduler(str(states))
             self._save_scaler(str(states))
             self._save_rng_state(str(states))
@@ -166,6 +166,21 @@ class LmTrainer(Trainer):
                 self._write_gradients(folder)
                 (states / "data.json").write_text(json.dumps(self.layout.data))
                 self.state.save_to_json(str(states / TRAINER_STATE_NAME))
+
+    def _save_weights(self, folder: Path) -> None:
+        if not self.is_deepspeed_enabled:
+            self.save_model(str(folder), _internal_call=True)
+            return
+        # The engine's copies of tied weights share no storage any more: each is stored once all the same.
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        tied = self._tied()
+        self._save(str(folder), {name: value for name, value in state.items() if name not in tied})
+
+    def _tied(self) -> set[str]:
+        """Second names of parameters."""
+        model: Any = self.model
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        return names - {name for name, _ in model.named_parameters()}
 
     def _write_gradients(self, folder: Path) -> None:
         if self.kept_step != self.state.global_step:
@@ -180,9 +195,7 @@ class LmTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A checkpoint stores tied weights once; anything else that is missing or too much is an error."""
-        model: Any = self.model
-        stored = {name for name, _ in model.named_parameters()}
-        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - stored
+        tied = self._tied()
         wrong = [*(name for name in load_result.missing_keys if name not in tied), *load_result.unexpected_keys]
         if wrong:
             raise ValueError(

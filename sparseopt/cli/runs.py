@@ -182,10 +182,15 @@ def export(
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Write runs into files of another tracker: configuration, metrics, state."""
+    """Write runs into files of another tracker: configuration, logged curves, metrics, state.
+
+    Recent versions of MLflow (seen: 3.17) open a file store with MLFLOW_ALLOW_FILE_STORE=true, or after `mlflow
+    migrate-filestore`.
+    """
     if to not in ("wandb", "mlflow"):
         raise typer.BadParameter(f"--to must be wandb or mlflow, got {to!r}.")
     from sparseopt.runs.export import to_mlflow, to_wandb
+    from sparseopt.runs.log import curves, read_log
     from sparseopt.runs.registry import RunManager
 
     manager = RunManager(base_dir)
@@ -194,10 +199,11 @@ def export(
     records = [record for record in records if filter_sweep is None or record["sweep_name"] == filter_sweep]
     if not records:
         raise ValueError(f"There is no run to export in {str(base_dir)!r}.")
+    logged = {record["run_id"]: curves(read_log(base_dir / record["run_id"])) for record in records}
     if to == "wandb":
-        folders = to_wandb(records, output_dir or Path("."), project)
+        folders = to_wandb(records, output_dir or Path("."), project, logged)
     else:
-        folders = to_mlflow(records, output_dir or Path("mlruns"), project)
+        folders = to_mlflow(records, output_dir or Path("mlruns"), project, logged)
     if json:
         print_json({"folders": [str(folder) for folder in folders]})
     else:

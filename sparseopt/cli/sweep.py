@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -139,8 +140,8 @@ def submit(
         print(f"Sweep {plan.name}: nothing to submit. {_summary(states)}")
     else:
         print(f"Sweep {plan.name}: {sent} of {len(states)} runs submitted as the Slurm job {array}.")
-        folder = "" if str(base_dir) == "saved_models" else f" --base_dir {base_dir}"
-        print(f"sparseopt sweep status {plan.name}{folder} says how far they are.")
+        folder = "" if str(base_dir) == "saved_models" else f" --base_dir {shlex.quote(str(base_dir))}"
+        print(f"sparseopt sweep status {shlex.quote(plan.name)}{folder} says how far they are.")
 
 
 @app.command("resume", cls=Command, epilog=example("sparseopt sweep resume learning_rate_sweep --jobs 2"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -53,9 +56,12 @@ def lm(
     except configuration.OverrideError as error:
         raise typer.BadParameter(str(error)) from error
 
-    from sparseopt.trainers.lm import train
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed, where it is installed, writes notes to stdout
+        from sparseopt.trainers.lm import train
 
-    folder = train(settings, given, base_dir, resume=resume)
+        folder = train(settings, given, base_dir, resume=resume)
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes reports
+        return
     if json:
         print_json({"run_id": folder.name, "output_dir": str(folder)})
     else:

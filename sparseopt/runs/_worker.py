@@ -25,7 +25,7 @@ __all__ = ["is_worked_on", "main", "worker_lock"]
 LOG = "log.txt"
 PR_SET_PDEATHSIG = 1
 # Slurm's notice, under submitit, that the job will end soon: for the command it is a Ctrl-C, with time to write a checkpoint.
-_PASSED_ON = {signal.SIGUSR2: signal.SIGINT}
+_PASSED_ON: dict[int, int] = {signal.SIGUSR2: signal.SIGINT}
 
 
 @contextlib.contextmanager

@@ -29,13 +29,14 @@ from typing import TYPE_CHECKING, Any
 from sparseopt._files import FormatError
 from sparseopt.progress import track
 from sparseopt.runs.gradient_findings import Thresholds, correlations, flags, loss_at
+from sparseopt.runs.log import read_log
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["analyse", "gradient_files", "read_log"]
+__all__ = ["analyse", "gradient_files"]
 
-GRADIENTS, MICRO, LOG = "gradients.pt", "micro_gradients", "log.jsonl"
+GRADIENTS, MICRO = "gradients.pt", "micro_gradients"
 FORMAT = "sparseopt.gradients/1"
 
 
@@ -67,27 +68,6 @@ def _final_step(folder: Path, final: Path, last: int) -> int:
     if state.is_file():
         return int(json.loads(state.read_text())["global_step"])
     return max([last + 1, *(entry["step"] for entry in read_log(folder) if "step" in entry)])
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The entries of a run's ``log.jsonl``; a last line that a kill has cut is left out, no file is an empty log.
-
-    Raises:
-        FormatError: another line is no JSON.
-    """
-    path = folder / LOG
-    lines = path.read_text().splitlines() if path.is_file() else []
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise FormatError(f"{path}, line {number}, is not valid JSON.") from None
-        if isinstance(entry, dict):
-            entries.append(entry)
-    return entries
 
 
 def _open(path: Path) -> dict[str, torch.Tensor]:

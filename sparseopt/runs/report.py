@@ -20,7 +20,7 @@ from typing import Any
 from sparseopt._files import atomic_write
 from sparseopt.progress import track
 from sparseopt.runs._record import RESERVED, flatten, now
-from sparseopt.runs.gradients import read_log
+from sparseopt.runs.log import curves, is_number, read_log
 from sparseopt.runs.registry import RunManager
 from sparseopt.runs.sweeps import PLANS, load_plan
 
@@ -29,7 +29,7 @@ __all__ = ["page", "sweep_data", "write"]
 # Points of a curve in the page: more than there are pixels.
 POINTS = 1000
 SERIES = ("eval_loss", "loss", "grad_norm", "learning_rate")  # shown first, in this order
-NO_SERIES = ("step", "epoch")
+NO_SERIES = ("epoch",)
 
 
 def sweep_data(
@@ -68,7 +68,7 @@ def sweep_data(
                 "status": record["status"],
                 "error": record["error"],
                 "values": {key: configs[run_id].get(key) for key in settings},
-                "result": result if _is_number(result) and math.isfinite(result) else None,
+                "result": result if is_number(result) and math.isfinite(result) else None,
                 "metrics": record["metrics"],
                 "curves": _curves(read_log(manager.base_dir / run_id)),
             }
@@ -90,10 +90,6 @@ def sweep_data(
     }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _settings(manager: RunManager, sweep: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The swept settings: those of the plan, else what differs between the runs."""
     if (manager.base_dir / PLANS / f"{sweep}.json").is_file():
@@ -106,18 +102,12 @@ def _settings(manager: RunManager, sweep: str, configs: Sequence[Mapping[str, An
 
 def _curves(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
     """Logged numbers by name as [step, value], thinned evenly where there are many; ends stay."""
-    curves: dict[str, list[list[float]]] = {}
-    for entry in entries:
-        step = entry.get("step")
-        if not _is_number(step):
-            continue
-        for name, value in entry.items():
-            if name not in NO_SERIES and _is_number(value) and math.isfinite(value):
-                curves.setdefault(str(name), []).append([step, value])
     thinned = {}
-    for name, points in curves.items():
-        every = max(1, -(-len(points) // POINTS))
-        thinned[name] = points[::every] + ([points[-1]] if (len(points) - 1) % every else [])
+    for name, points in curves(entries).items():
+        finite = [[step, value] for step, value in points if math.isfinite(value)]
+        if name not in NO_SERIES and finite:
+            every = -(-len(finite) // POINTS)
+            thinned[name] = finite[::every] + ([finite[-1]] if (len(finite) - 1) % every else [])
     return thinned
 
 

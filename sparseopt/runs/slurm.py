@@ -35,6 +35,7 @@ ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILE
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 # Set by the submission itself: another value would hide its jobs from it, or its runs from their jobs.
 _OURS = ("array", "job-name", "output", "error", "signal", "open-mode", "wckey")
+# Notice before the time limit; a quarter of a short limit.
 _UNTIL_KILLED_S = 90
 
 
@@ -144,7 +145,7 @@ def _sbatch(manager: RunManager, plan: Plan, resources: Resources, calls: Sequen
     executor.update_parameters(
         job_name=_job_name(plan.name),
         time=resources.minutes,
-        signal_delay_s=_UNTIL_KILLED_S,
+        signal_delay_s=_UNTIL_KILLED_S if resources.minutes is None else min(_UNTIL_KILLED_S, resources.minutes * 15),
         # A key of accounting that Slurm refuses where it is not known.
         wckey=None,
         **{key: value for key, value in wanted.items() if value is not None},

@@ -30,6 +30,7 @@ HELP = [
     ["masks", "export"],
     ["train", "grpo"],
     ["train", "chain"],
+    ["train", "lm"],
     ["deltas", "reconstruct"],
     ["deltas", "patch"],
     ["deltas", "push"],

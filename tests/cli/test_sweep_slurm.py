@@ -200,3 +200,77 @@ def test_slurm_says_no(cluster: Cluster) -> None:
     assert "nvalid partition" in said
     assert len(said.splitlines()) == 1
     assert cluster.counts() == {"pending": 4}
+
+
+# ---- the scripts for sbatch ------------------------------------------------------------------------------------------
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TRAINING = """\
+model: {name: gpt2, context_length: 16, tokenizer: bytes, config: {n_layer: 1, n_head: 2, n_embd: 16}}
+data: {dataset_path: text.txt}
+training: {batch_size: 4, max_steps: 2, save_steps: 2, eval_steps: 2, device: cpu}
+run: {name: test}
+"""
+SWEPT = "sweep_name: rates\nparameters: {training.learning_rate: [1e-3, 1e-4]}\n"
+
+
+def sbatch(cluster: Cluster, script: str, *arguments: str) -> str:
+    """Submits a script as a user does, from the folder of the configurations, and waits; returns what it printed."""
+    environment = {**cluster.environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["sbatch", "--wait", "--parsable", str(CONFIGS / script), *arguments]
+    done = subprocess.run(
+        command, env=environment, cwd=cluster.folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    (said,) = cluster.folder.glob(f"*-{done.stdout.strip()}.out")
+    assert done.returncode == 0, done.stderr + said.read_text()
+    return said.read_text()
+
+
+def test_scripts_train_and_sweep(cluster: Cluster) -> None:
+    (cluster.folder / "text.txt").write_text("A text of some words, to be learned by heart. " * 40)
+    (cluster.folder / "my_config.yaml").write_text(TRAINING)
+    sbatch(cluster, "train_with_config.sh", "my_config.yaml", "--set", "run.name=mine")
+    (cluster.folder / "configs").mkdir()  # what the scripts take without arguments
+    (cluster.folder / "configs" / "train_config.yaml").write_text(TRAINING)
+    (cluster.folder / "configs" / "sweep_config.yaml").write_text(SWEPT)
+    sbatch(cluster, "train_with_config.sh")
+    assert "2 runs: 2 finished." in sbatch(cluster, "run_sweep.sh")
+    rows = cluster.manager.rows()
+    assert [(row["run_name"], row["sweep_name"], row["status"]) for row in rows] == [
+        ("mine", None, "finished"),
+        ("test", None, "finished"),
+        ("test", "rates", "finished"),
+        ("test", "rates", "finished"),
+    ]
+    assert [row["training.learning_rate"] for row in rows[2:]] == [1e-3, 1e-4]
+    assert all(row["final_valid_loss"] > 0 for row in rows)
+    folder = cluster.manager.base_dir / rows[0]["run_id"]
+    assert (folder / "checkpoint_2" / "gradients.pt").is_file()
+    assert (folder / "final_checkpoint" / "model.safetensors").is_file()
+    # Other files, and again: what is finished stays.
+    (cluster.folder / "my_sweep.yaml").write_text(SWEPT)
+    assert "2 runs: 2 finished." in sbatch(cluster, "run_sweep.sh", "my_config.yaml", "my_sweep.yaml", "--jobs", "2")
+    assert len(cluster.manager.rows()) == 4
+
+
+def test_a_sweep_in_one_job_goes_on_after_its_time_limit(cluster: Cluster) -> None:
+    """The script asks for SIGINT two minutes before the limit; here it comes at once."""
+    (cluster.folder / "hold").touch()
+    command = f"{{python}} {cluster.folder / 'command.py'} {cluster.folder} {{config}}"
+    words = [str(CONFIGS / "run_sweep.sh"), "base.yaml", "sweep.yaml", "--command", command]
+    environment = {**cluster.environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    job = subprocess.run(
+        ["sbatch", "--parsable", *words],
+        env=environment,
+        cwd=cluster.folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    cluster.until(lambda: len(cluster.notes("start")) == 1)
+    cluster.slurm("scancel", "--batch", "--signal=INT", job)
+    cluster.wait()
+    assert cluster.counts() == {"crashed": 1, "pending": 3}
+    assert cluster.notes("interrupted") == ["1-1"]
+    (cluster.folder / "hold").unlink()
+    assert "4 runs: 4 finished." in sbatch(cluster, "run_sweep.sh", *words[1:])
+    assert cluster.notes("done") == ALL
