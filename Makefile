@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo chain project test slow bench lint types clean
+.PHONY: help venv install system demo chain project sweep test slow bench lint types clean
 
 BIN := $(VENV)/bin
 # --no-compile: modules are byte-compiled when first imported, not all of torch and transformers beforehand.
@@ -84,6 +84,21 @@ $(STAMPS)/dev: $(STAMPS)/demo
 venv: $(STAMPS)/demo ## .venv with sparseopt and what the demo needs
 install: $(STAMPS)/dev ## .venv with everything, tests included
 
+# A real Slurm and a real browser, for slow tests; without them these tests are skipped and say so.
+DEBIAN := slurm-wlm munge chromium chromium-driver
+system: ## what slow tests use of the system (Slurm, Chromium): Debian's packages, as root
+	@missing=()
+	for package in $(DEBIAN); do
+		[ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2> /dev/null)" = installed ] || missing+=($$package)
+	done
+	[ $${#missing[@]} -gt 0 ] || exit 0
+	[ "$$(id -u)" = 0 ] || { echo "Slurm and Chromium are installed by root: sudo apt-get install $(DEBIAN)" >&2; exit 1; }
+	command -v apt-get > /dev/null || { echo "No apt-get here: install Slurm, munge, Chromium and its driver another way" >&2; exit 1; }
+	echo "installing $${missing[*]}"
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get -qq -o Acquire::Retries=3 update
+	apt-get -qq -o Acquire::Retries=3 install --no-install-recommends "$${missing[@]}" > /dev/null
+
 # ---- jobs ------------------------------------------------------------------------------------------------------------
 demo: $(STAMPS)/demo ## sparse DPO of a real model, CPU, a few minutes; results in a run folder
 	@$(BIN)/sparseopt train dpo --config configs/quickstart.yaml --output_dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -93,7 +108,7 @@ chain: $(STAMPS)/demo ## dense DPO -> masks -> sparse DPO and GRPO -> timing -> 
 
 # The texts stay as they were first collected: samples of a folder are numbered by them. Exact gradients take 0.54 GB a sample.
 PROJECT := results/project
-$(PROJECT)/texts: | $(STAMPS)/demo
+results/%/texts: | $(STAMPS)/demo
 	@$(BIN)/python -P -m sparseopt.benchmarks.package_texts $@
 
 project: $(STAMPS)/demo $(PROJECT)/texts ## gradient projections of SmolLM2 in two ranks and their errors, CPU, minutes, 3.3 GB; resumable
@@ -106,11 +121,20 @@ project: $(STAMPS)/demo $(PROJECT)/texts ## gradient projections of SmolLM2 in t
 		$(BIN)/sparseopt project plot-error --results_dir $(PROJECT)/Results --results_pattern '^proj_layers_mlp,attn_rank_total_\d+_' --reference $$reference
 	done
 
+# One thread a run: two run at a time. Not into saved_models: git would offer to keep these runs.
+sweep: $(STAMPS)/demo results/sweep/texts ## 2 x 2 runs of a tiny GPT-2, their table and a report, CPU, under 4 minutes; resumable
+	@export OMP_NUM_THREADS=1
+	runs=results/sweep/saved_models
+	$(BIN)/sparseopt sweep run configs/tiny_lm.yaml configs/tiny_sweep.yaml --jobs 2 --base_dir $$runs
+	$(BIN)/sparseopt runs list --base_dir $$runs --filter_sweep tiny --sort_by final_valid_loss --show run_id status training.learning_rate \
+		initialization.init_std final_train_loss final_valid_loss final_valid_perplexity train_seconds
+	$(BIN)/sparseopt runs report tiny --base_dir $$runs
+
 test: lint types $(STAMPS)/dev ## lint, types, and the tests that are not slow
 	@mkdir -p $(REPORTS)
 	$(BIN)/pytest -m "not slow and not gpu" -rs --junitxml=$(REPORTS)/test.xml $(PYTEST_ARGS)
 
-slow: $(STAMPS)/dev ## the slow tests: whole pipelines on a real model, packaging
+slow: $(STAMPS)/dev $(if $(CI),system) ## the slow tests: whole pipelines on a real model, packaging, Slurm, a browser
 	@mkdir -p $(REPORTS)
 	$(BIN)/pytest -m "slow and not gpu" -rs --junitxml=$(REPORTS)/slow.xml $(PYTEST_ARGS)
 

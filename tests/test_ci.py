@@ -63,7 +63,20 @@ def test_ci_run_without_a_suite(tmp_path: Path) -> None:
 
 def test_makefile_help_lists_every_job() -> None:
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
-    for job in ("demo", "test", "slow", "bench", "lint", "types", "venv", "install", "clean", "help"):
+    for job in (
+        "demo",
+        "sweep",
+        "system",
+        "test",
+        "slow",
+        "bench",
+        "lint",
+        "types",
+        "venv",
+        "install",
+        "clean",
+        "help",
+    ):
         assert f"make {job} " in listed
 
 

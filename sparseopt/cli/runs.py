@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from sparseopt.cli import runs_gradients, runs_report
 from sparseopt.cli._command import Command, DebugFlag, JsonFlag, example, group, print_json
 
-app = group("runs", help="Look at runs of experiments: list, filter and sort them, show one, export them.")
+app = group(
+    "runs", help="Look at runs of experiments: list, filter, sort, show, export; analyse gradients; report on a sweep."
+)
 
 BaseDirOption = Annotated[Path, typer.Option("--base_dir", help="Folder of the runs.")]
 
@@ -179,10 +182,15 @@ def export(
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Write runs into files of another tracker: configuration, metrics, state."""
+    """Write runs into files of another tracker: configuration, logged curves, metrics, state.
+
+    Recent versions of MLflow (seen: 3.17) open a file store with MLFLOW_ALLOW_FILE_STORE=true, or after `mlflow
+    migrate-filestore`.
+    """
     if to not in ("wandb", "mlflow"):
         raise typer.BadParameter(f"--to must be wandb or mlflow, got {to!r}.")
     from sparseopt.runs.export import to_mlflow, to_wandb
+    from sparseopt.runs.log import curves, read_log
     from sparseopt.runs.registry import RunManager
 
     manager = RunManager(base_dir)
@@ -191,11 +199,16 @@ def export(
     records = [record for record in records if filter_sweep is None or record["sweep_name"] == filter_sweep]
     if not records:
         raise ValueError(f"There is no run to export in {str(base_dir)!r}.")
+    logged = {record["run_id"]: curves(read_log(base_dir / record["run_id"])) for record in records}
     if to == "wandb":
-        folders = to_wandb(records, output_dir or Path("."), project)
+        folders = to_wandb(records, output_dir or Path("."), project, logged)
     else:
-        folders = to_mlflow(records, output_dir or Path("mlruns"), project)
+        folders = to_mlflow(records, output_dir or Path("mlruns"), project, logged)
     if json:
         print_json({"folders": [str(folder) for folder in folders]})
     else:
         print(f"{len(folders)} runs written to {folders[0].parent}")
+
+
+app.command("gradients", cls=Command, epilog=runs_gradients.EXAMPLE)(runs_gradients.gradients)
+app.command("report", cls=Command, epilog=runs_report.EXAMPLE)(runs_report.report)

@@ -24,6 +24,8 @@ __all__ = ["is_worked_on", "main", "worker_lock"]
 
 LOG = "log.txt"
 PR_SET_PDEATHSIG = 1
+# Slurm's notice, under submitit, that the job will end soon: for the command it is a Ctrl-C, with time to write a checkpoint.
+_PASSED_ON: dict[int, int] = {signal.SIGUSR2: signal.SIGINT}
 
 
 @contextlib.contextmanager
@@ -69,18 +71,20 @@ def _work(manager: RunManager, run_id: str, folder: Path, command: Sequence[str]
 
     def forward(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        if child is not None and child.poll() is None:
-            os.killpg(child.pid, number)
+        if child is not None:
+            _pass_on(child, number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, *_PASSED_ON):
         signal.signal(number, forward)
     manager.start_run(run_id)
     environment = {**os.environ, RUN_ID_VARIABLE: run_id, RUNS_DIR_VARIABLE: os.path.abspath(manager.base_dir)}
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
-    def die_with_parent() -> None:
+    def prepare() -> None:
         if libc is not None:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for number in _PASSED_ON:  # Slurm gives its notice to every process, and not all know it
+            signal.signal(number, signal.SIG_IGN)
 
     with open(folder / LOG, "ab") as log:
         try:
@@ -91,16 +95,23 @@ def _work(manager: RunManager, run_id: str, folder: Path, command: Sequence[str]
                 stderr=log,
                 env=environment,
                 start_new_session=True,  # signals to its group reach what it starts, and not this process
-                preexec_fn=die_with_parent,  # no other thread runs yet
+                preexec_fn=prepare,  # no other thread runs yet
             )
         except OSError as error:
             manager.finish_run(run_id, "failed", f"{command[0]} cannot be started: {error.strerror}.")
             return 1
         if caught:  # between the handlers and the start
-            os.killpg(child.pid, caught[-1])
+            _pass_on(child, caught[-1])
         with manager.beating(run_id):
             code = child.wait()
     return _book(manager, run_id, code, caught)
+
+
+def _pass_on(child: subprocess.Popen[bytes], number: int) -> None:
+    # It may have ended unseen: poll() knows nothing while wait() is interrupted by this very signal.
+    with contextlib.suppress(ProcessLookupError):
+        if child.poll() is None:
+            os.killpg(child.pid, _PASSED_ON.get(number, number))
 
 
 def _book(manager: RunManager, run_id: str, code: int, caught: Sequence[int]) -> int:
@@ -112,6 +123,8 @@ def _book(manager: RunManager, run_id: str, code: int, caught: Sequence[int]) ->
         return 0
     if caught:
         manager.finish_run(run_id, "crashed", f"Interrupted by {signal.Signals(caught[0]).name}.")
+    elif code in (-signal.SIGINT, -signal.SIGTERM):  # as Slurm ends all processes of a job; ours comes a moment later
+        manager.finish_run(run_id, "crashed", f"Interrupted by {signal.Signals(-code).name}.")
     elif record["status"] != "failed":  # else the command has said what went wrong
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         manager.finish_run(run_id, "failed", f"The command ended with {how}; its output is in {LOG}.")

@@ -27,11 +27,17 @@ _LOCAL_SOURCE = 4
 _FORBIDDEN = re.compile(r"[^\w\-. /]")
 
 
-def to_wandb(records: Sequence[Mapping[str, Any]], output_dir: Path, project: str) -> list[Path]:
+Curves = Mapping[str, Mapping[str, Sequence[tuple[int | float, int | float]]]]
+
+
+def to_wandb(
+    records: Sequence[Mapping[str, Any]], output_dir: Path, project: str, logged: Curves | None = None
+) -> list[Path]:
     """Writes runs (records of ``RunManager.get_run``) as offline runs, and returns their folders.
 
-    Metrics become the summary, the configuration the config, the sweep the group; ids stay, so that exporting again and
-    syncing updates the same runs.
+    What was logged (``logged``: run id -> curves of :func:`sparseopt.runs.log.curves`) becomes the history, metrics become the
+    summary, the configuration the config, the sweep the group; ids stay, so that exporting again and syncing updates the
+    same runs.
 
     Raises:
         ModuleNotFoundError: wandb is not installed.
@@ -58,6 +64,8 @@ def to_wandb(records: Sequence[Mapping[str, Any]], output_dir: Path, project: st
                 console="off", silent=True, disable_git=True, save_code=False, x_disable_stats=True, x_disable_meta=True
             ),
         )
+        for step, values in _by_step((logged or {}).get(str(record["run_id"]), {})).items():
+            run.log(values, step=step)
         run.summary.update({**record["metrics"], "status": record["status"]})
         folders.append(Path(run.dir).parent)
         run.finish(exit_code=0 if record["status"] == "finished" else 1)
@@ -66,10 +74,21 @@ def to_wandb(records: Sequence[Mapping[str, Any]], output_dir: Path, project: st
     return folders
 
 
-def to_mlflow(records: Sequence[Mapping[str, Any]], output_dir: Path, experiment: str) -> list[Path]:
+def _by_step(curves: Mapping[str, Sequence[tuple[int | float, int | float]]]) -> dict[int, dict[str, int | float]]:
+    steps: dict[int, dict[str, int | float]] = {}
+    for name, points in curves.items():
+        for step, value in points:
+            steps.setdefault(int(step), {})[name] = value
+    return dict(sorted(steps.items()))
+
+
+def to_mlflow(
+    records: Sequence[Mapping[str, Any]], output_dir: Path, experiment: str, logged: Curves | None = None
+) -> list[Path]:
     """Writes runs (records of ``RunManager.get_run``) into a file store of MLflow, and returns their folders.
 
-    Numbers among the metrics become metrics (bools 0 and 1), other values tags, the configuration parameters by dotted
+    Numbers among the metrics become metrics (bools 0 and 1), and so does what was logged (``logged``: run id -> curves of
+    :func:`sparseopt.runs.log.curves`), step by step; other values become tags, the configuration parameters by dotted
     keys. A run that is there already is replaced.
 
     Raises:
@@ -90,7 +109,10 @@ def to_mlflow(records: Sequence[Mapping[str, Any]], output_dir: Path, experiment
             "name": experiment,
         }
         atomic_write(meta, _yaml(content))
-    return [_write_run(record, root) for record in track(records, "export", unit="run")]
+    return [
+        _write_run(record, root, (logged or {}).get(str(record["run_id"]), {}))
+        for record in track(records, "export", unit="run")
+    ]
 
 
 def _experiment_id(name: str) -> str:
@@ -98,7 +120,9 @@ def _experiment_id(name: str) -> str:
     return str(10**17 + int(hashlib.sha256(name.encode()).hexdigest(), 16) % (9 * 10**17))
 
 
-def _write_run(record: Mapping[str, Any], root: Path) -> Path:
+def _write_run(
+    record: Mapping[str, Any], root: Path, curves: Mapping[str, Sequence[tuple[int | float, int | float]]]
+) -> Path:
     run_id = str(record["run_id"])
     # MLflow's own ids have this form, whatever ours look like.
     uuid = hashlib.sha256(run_id.encode()).hexdigest()[:32]
@@ -132,8 +156,11 @@ def _write_run(record: Mapping[str, Any], root: Path) -> Path:
         for kind in ("artifacts", "metrics", "params", "tags"):
             (folder / kind).mkdir()
         (folder / "meta.yaml").write_text(_yaml(meta))
-        for key, value in numbers.items():
-            _put(folder / "metrics", key, f"{end} {float(value)!r} 0\n")
+        for key in dict.fromkeys([*curves, *numbers]):
+            points = list(curves.get(key, ()))
+            if key in numbers:  # the result, at the end of what was logged under its name
+                points.append((points[-1][0] if points else 0, numbers[key]))
+            _put(folder / "metrics", key, "".join(f"{end} {float(value)!r} {int(step)}\n" for step, value in points))
         for key, value in flatten(record["config"]).items():
             _put(folder / "params", key, str(value))
         for key, value in tags.items():

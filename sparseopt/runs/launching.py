@@ -20,9 +20,9 @@ from sparseopt.progress import Progress
 from sparseopt.runs._table import RECORD
 from sparseopt.runs._worker import is_worked_on
 from sparseopt.runs.registry import RunManager
-from sparseopt.runs.sweeps import PLANS, Combination, Plan
+from sparseopt.runs.sweeps import PLANS, Combination, Plan, load_plan
 
-__all__ = ["DEFAULT_COMMAND", "run_plan", "state_of"]
+__all__ = ["DEFAULT_COMMAND", "command_of", "plan_lock", "run_plan", "split_command", "state_of"]
 
 DEFAULT_COMMAND = "{python} -P -m sparseopt train lm --config {config} --base_dir {base_dir}"
 PLACEHOLDERS = ("python", "config", "run_id", "run_dir", "base_dir")
@@ -94,10 +94,22 @@ def run_plan(manager: RunManager, plan: Plan, *, jobs: int = 1, skip_failed: boo
     Raises:
         ValueError: ``jobs`` is less than 1, or another process runs this sweep.
     """
-    from filelock import FileLock, Timeout
-
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}.")
+    with plan_lock(manager, plan):
+        _run(manager, plan, jobs, skip_failed)
+    return state_of(manager, plan)
+
+
+@contextlib.contextmanager
+def plan_lock(manager: RunManager, plan: Plan) -> Iterator[None]:
+    """Being the one process that starts runs of a sweep; the plan is saved, with what others have started before.
+
+    Raises:
+        ValueError: another process runs this sweep.
+    """
+    from filelock import FileLock, Timeout
+
     folder = manager.base_dir / PLANS
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f".{plan.name}.lock")
@@ -106,14 +118,16 @@ def run_plan(manager: RunManager, plan: Plan, *, jobs: int = 1, skip_failed: boo
     except Timeout:
         raise ValueError(f"The sweep {plan.name!r} is being run by another process.") from None
     try:
-        _run(manager, plan, jobs, skip_failed)
+        if plan.path.exists():
+            saved = load_plan(manager.base_dir, plan.name)
+            plan.runs, plan.jobs = saved.runs | plan.runs, saved.jobs | plan.jobs
+        plan.save()
+        yield
     finally:
         lock.release()
-    return state_of(manager, plan)
 
 
 def _run(manager: RunManager, plan: Plan, jobs: int, skip_failed: bool) -> None:
-    plan.save()
     before = state_of(manager, plan)
     done = ("finished", "failed", "crashed") if skip_failed else ("finished",)
     waiting = [c for c, state in zip(plan.combinations, before, strict=True) if state["status"] == "pending"]
@@ -160,17 +174,22 @@ def _start(manager: RunManager, plan: Plan, combination: Combination) -> _Active
         run_id = plan.runs[combination.hash] = manager.new_run_id()
         plan.save()  # before anything runs under this id
     manager.register_run(run_id, combination.config, sweep_name=plan.name)
-    base, folder = Path(os.path.abspath(manager.base_dir)), Path(os.path.abspath(manager.base_dir / run_id))
-    texts = dict(
-        zip(PLACEHOLDERS, (sys.executable, str(folder / "config.yaml"), run_id, str(folder), str(base)), strict=True)
-    )
-    command = [_fill(word, texts) for word in plan.command]
+    base, command = os.path.abspath(manager.base_dir), command_of(manager, plan, run_id)
     worker = subprocess.Popen(
-        [sys.executable, "-P", "-m", "sparseopt.runs._worker", str(base), run_id, "--", *command],
+        [sys.executable, "-P", "-m", "sparseopt.runs._worker", base, run_id, "--", *command],
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C on a terminal reaches the sweep alone, which passes it on once
     )
     return _Active(combination, run_id, worker)
+
+
+def command_of(manager: RunManager, plan: Plan, run_id: str) -> list[str]:
+    """The command of a run, its placeholders filled in with absolute paths."""
+    base = Path(os.path.abspath(manager.base_dir))
+    folder = base / run_id
+    values = (sys.executable, str(folder / "config.yaml"), run_id, str(folder), str(base))
+    texts = dict(zip(PLACEHOLDERS, values, strict=True))
+    return [_fill(word, texts) for word in plan.command]
 
 
 def _fill(word: str, texts: dict[str, str]) -> str:

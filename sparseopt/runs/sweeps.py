@@ -92,7 +92,8 @@ class Combination:
 class Plan:
     """What a sweep consists of, as its file holds it: all that resuming needs.
 
-    ``runs``: configuration hash -> run id, of everything that was ever started under this name.
+    ``runs``: configuration hash -> run id, of everything that was ever started under this name; ``jobs``: run id -> its
+    latest Slurm job, of what was submitted.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Plan:
     command: list[str]
     combinations: list[Combination]
     runs: dict[str, str] = field(default_factory=dict)
+    jobs: dict[str, str] = field(default_factory=dict)
 
     def save(self) -> None:
         """Replaces the file of the plan."""
@@ -109,6 +111,7 @@ class Plan:
             "command": self.command,
             "combinations": [vars(combination) for combination in self.combinations],
             "runs": self.runs,
+            "jobs": self.jobs,
         }
         atomic_write(self.path, json.dumps(content, indent=1) + "\n")
 
@@ -300,8 +303,9 @@ def make_plan(base_dir: Path, spec: SweepSpec, base: Mapping[str, Any], command:
         config = with_values(base, values)
         key = config_hash(config)
         found.setdefault(key, Combination(values, config, key))
-    runs = load_plan(base_dir, spec.name).runs if path.exists() else {}
-    return Plan(spec.name, path, list(command), list(found.values()), runs)
+    before = load_plan(base_dir, spec.name) if path.exists() else None
+    runs, jobs = (before.runs, before.jobs) if before else ({}, {})
+    return Plan(spec.name, path, list(command), list(found.values()), runs, jobs)
 
 
 def load_plan(base_dir: Path, name: str) -> Plan:
@@ -322,6 +326,6 @@ def load_plan(base_dir: Path, name: str) -> Plan:
         if content["format"] != PLAN_FORMAT:
             raise FormatError(f"{path} has the format {content['format']!r}, expected {PLAN_FORMAT!r}.")
         known_combinations = [Combination(**combination) for combination in content["combinations"]]
-        return Plan(name, path, content["command"], known_combinations, content["runs"])
+        return Plan(name, path, content["command"], known_combinations, content["runs"], content.get("jobs", {}))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise FormatError(f"{path} is not the plan of a sweep: {type(error).__name__}: {error}.") from error

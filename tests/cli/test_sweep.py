@@ -177,7 +177,9 @@ def test_interrupted(sweep: Sweep, number: int) -> None:
     assert "Interrupted: what was written is kept." in err
     assert sweep.statuses() == ["crashed", "crashed"]
     assert sweep.manager.rows()[0]["error"] == "Interrupted by SIGINT."
-    assert sweep.status()["counts"] == {"finished": 0, "running": 0, "pending": 2, "failed": 0, "crashed": 2}
+    assert sweep.status()["counts"] == {
+        "finished": 0, "running": 0, "queued": 0, "pending": 2, "failed": 0, "crashed": 2,
+    }  # fmt: skip
     (sweep.folder / "hold").unlink()
     assert sweep.finish("resume", "twelve", "--jobs", "2")[0] == 0
     assert sorted(sweep.notes("done")) == ["1-1", "1-2", "2-1", "2-2"]

@@ -23,6 +23,10 @@ def base(tmp_path: Path) -> Path:
     manager.register_run("a", {"training": {"learning_rate": 6e-4}, "run": {"name": "first"}}, sweep_name="s")
     manager.update_metrics("a", {"final_valid_loss": 2.5, "eval/nan": math.nan, "note": "text", "../up: 100%": 1})
     manager.finish_run("a")
+    # Step 5 was done again after a restart.
+    (manager.base_dir / "a" / "log.jsonl").write_text(
+        '{"step": 5, "loss": 4.0}\n{"step": 10, "loss": 3.0}\n{"step": 5, "loss": 3.5, "final_valid_loss": 2.75}\n{"note": 1}\n'
+    )
     manager.register_run("b", {})
     return manager.base_dir
 
@@ -44,7 +48,9 @@ def test_mlflow(base: Path, tmp_path: Path) -> None:
     assert (meta["run_name"], meta["status"], meta["run_id"], meta["run_uuid"]) == ("first", 3, first.name, first.name)
     assert meta["start_time"] <= meta["end_time"]
     assert (first / "params" / "training.learning_rate").read_text() == "0.0006"
-    assert (first / "metrics" / "final_valid_loss").read_text() == f"{meta['end_time']} 2.5 0\n"
+    end = meta["end_time"]
+    assert (first / "metrics" / "final_valid_loss").read_text() == f"{end} 2.75 5\n{end} 2.5 5\n"
+    assert (first / "metrics" / "loss").read_text() == f"{end} 3.5 5\n{end} 3.0 10\n"
     assert (first / "metrics" / "eval" / "nan").read_text().split()[1] == "nan"
     assert (first / "metrics" / "up_ 100_").exists()
     assert (first / "tags" / "note").read_text() == "text"
@@ -90,15 +96,19 @@ def test_wandb(base: Path, tmp_path: Path) -> None:
 
     out = json.loads(export(base, "a", "--to", "wandb", "--output_dir", str(tmp_path / "out"), "--json"))
     (file,) = Path(out["folders"][0]).glob("*.wandb")
-    summary, run = {}, None
+    summary, history, run = {}, [], None
     for data in log_records(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "run":
             run = record.run
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            history.append((record.history.step.num, items["loss"]))
         for item in record.summary.update:
             summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
     assert run is not None
     assert (run.run_id, run.display_name, run.run_group, run.project) == ("a", "first", "s", "sparseopt")
     assert {item.key: json.loads(item.value_json) for item in run.config.update}["training"] == {"learning_rate": 6e-4}
     assert (summary["final_valid_loss"], summary["status"]) == (2.5, "finished")
+    assert history == [(5, 3.5), (10, 3.0)]
