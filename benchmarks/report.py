@@ -48,6 +48,7 @@ def run_suite(suite: str, *, rounds: int | None = None, scale: float | None = No
         raise ValueError(f"unknown benchmark suite {suite!r}; there are {', '.join(SUITES)}.")
     # Threads of all arms stay awake between calls, as they do when a backward pass comes before a step.
     variables = {"OMP_WAIT_POLICY": "active", **os.environ}
+    variables.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark measures nothing where it sees this
     if rounds is not None:
         variables["SPARSEOPT_BENCH_ROUNDS"] = str(rounds)
     if scale is not None:
