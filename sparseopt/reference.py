@@ -210,7 +210,7 @@ def select_entries(
             if grow:
                 odd[t] = (~magnitude.isfinite()).sum()
                 magnitude = magnitude.where(magnitude.isfinite(), 0)
-                squares += magnitude[eligible].double().square().sum()
+                squares += magnitude[eligible].square().sum(dtype=torch.float64)
             else:
                 odd[t] = (magnitude.isnan() & eligible).sum()
                 magnitude = magnitude.clamp(max=torch.finfo(torch.float32).max)

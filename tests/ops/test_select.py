@@ -53,7 +53,8 @@ def check(
     )
     expected = reference.select_entries(scores, *given, grow, None)
     assert same(chosen.cpu(), expected[0]) and same(odd.cpu(), expected[1])
-    torch.testing.assert_close(squares.cpu(), expected[2], rtol=1e-5, atol=0)
+    if float(expected[2]) < 1e36:  # where sums overflow depends on their order
+        torch.testing.assert_close(squares.cpu(), expected[2], rtol=1e-5, atol=0)
     begins = _schema.mask_begins([score.numel() for score in scores])
     for begin, score, mask, count in zip(begins, scores, masks, counts, strict=False):
         n = score.numel()
@@ -90,6 +91,8 @@ def test_many_tensors(
     shifted = [torch.cat([score.new_zeros(1), score])[1:] for score in scores]
     check(scores, masks, share, grow, device, same_bits)
     check(shifted, masks, share, grow, device, same_bits)
+    small = [torch.randn(n).to(dtype) for n in sizes]
+    check(small, masks, share, grow, device, same_bits)
 
 
 def test_each_count_by_itself(device: torch.device, mask_of: Callable, same_bits: Callable) -> None:
