@@ -30,8 +30,8 @@ def select_entries(
         counts: int64[T], how many of each, at most as many as there are to choose from.
         grow: choose inactive entries. Then a score that is not finite counts as 0; else an infinity counts as fp32's
             largest number.
-        seeds: int64[T], not negative: scores are random numbers of 24 bits that depend on the tensor's seed and the flat
-            index (:func:`sparseopt.reference.random_keys`); those of ``scores`` are not read.
+        seeds: int64[T], not negative: the entries with the largest random numbers are chosen, which have 24 bits and depend
+            on the tensor's seed and the flat index (:func:`sparseopt.reference.random_keys`); ``scores`` are not read.
 
     Returns:
         ``chosen`` uint8[B], packed as the masks are; ``odd`` int64[T], the number of NaNs among the active entries, or with
@@ -40,7 +40,9 @@ def select_entries(
     """
     device, dtypes = packed.device, {tensor.dtype for tensor in scores}
     if len(dtypes) > 1 or not dtypes <= set(SCORE_DTYPES):
-        raise TypeError(f"expected scores of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}.")
+        raise TypeError(
+            f"expected scores of one dtype among fp32, bf16, fp16 and fp64, got {sorted(map(str, dtypes))}."
+        )
     for position, tensor in enumerate(scores):
         if tensor.device != device or not tensor.is_contiguous():
             raise ValueError(f"scores {position} must be contiguous on {device}, got {describe(tensor)}.")

@@ -193,7 +193,7 @@ def select_entries(
     """Of each tensor ``counts`` entries: active ones of smallest |score|, or (``grow``) inactive ones of largest.
 
     Ties go to the lower index. Among active entries an infinity is fp32's largest number; to grow, what is not finite is 0.
-    fp64 is rounded to fp32 first. With ``seeds`` the score is :func:`random_keys`. Returns the chosen entries, the number of
+    fp64 is rounded to fp32 first. With ``seeds`` those of largest :func:`random_keys` are chosen. Returns the chosen entries, the number of
     NaNs among the active entries (``grow``: of all entries that are not finite), and (``grow``) the sum of squares of the
     inactive scores.
     """
@@ -216,7 +216,7 @@ def select_entries(
                 magnitude = magnitude.clamp(max=torch.finfo(torch.float32).max)
             order = magnitude.view(torch.int32)  # numbers that are not negative have the order of their bits
         candidates = eligible.nonzero().view(-1)
-        best = order[candidates].sort(stable=True, descending=grow).indices[: int(counts[t])]
+        best = order[candidates].sort(stable=True, descending=grow or seeds is not None).indices[: int(counts[t])]
         mask = torch.zeros_like(eligible)
         mask[candidates[best]] = True
         chosen[bits] = pack_mask(mask)

@@ -320,11 +320,17 @@ class SparseAdamW(Optimizer):
 
     # ---- masks and weights that change -----------------------------------------------------------------------------------
     @torch.no_grad()
-    def update_masks(self, masks: MaskSet | Mapping[str, Tensor]) -> None:
+    def update_masks(
+        self, masks: MaskSet | Mapping[str, Tensor], *, copies: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Trains other entries from now on.
 
         Entries active before and after keep moments, master weight and age; new ones start at age 0 with their own bias
         correction; dropped ones keep their value. Parameters without a new mask keep theirs.
+
+        Args:
+            masks: the new masks, of all parameters or of some.
+            copies: packed bits of some of these masks where the parameters are: they need not be sent there.
         """
         if self._capture:
             raise RuntimeError(
@@ -343,7 +349,8 @@ class SparseAdamW(Optimizer):
         for arena in self._arenas:
             changed = [t for t, name in enumerate(arena.names) if name in given]
             if changed:
-                arena.change_masks([self._known[name] for name in arena.names], changed)
+                near = {**self._known, **(copies or {})}
+                arena.change_masks([near[name] for name in arena.names], changed)
                 self._left.take_back(arena)
         for param, (arena, t) in self._slots.items():
             self.state[param] = arena.state(t)

@@ -30,7 +30,9 @@ def hard_scores(n: int, dtype: torch.dtype) -> Tensor:
     """Many ties, zeros of both signs, subnormals, infinities, the largest number: no NaN."""
     drawn = torch.randn(n, dtype=torch.float64)
     drawn = torch.where(torch.rand(n) < 0.5, (drawn * 2).round() / 2, drawn)
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.finfo(dtype).max, -torch.finfo(dtype).tiny / 4, 1e-30])
+    special = torch.tensor(
+        [0.0, -0.0, torch.inf, -torch.inf, torch.finfo(dtype).max, -torch.finfo(dtype).tiny / 4, 1e-30]
+    )
     picked = special[torch.randint(0, len(special), (n,))].double()
     return torch.where(torch.rand(n) < 0.1, picked, drawn).to(dtype)
 
@@ -110,7 +112,9 @@ def test_each_count_by_itself(device: torch.device, mask_of: Callable, same_bits
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_is_counted(device: torch.device, dtype: torch.dtype) -> None:
-    score = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, torch.nan, 2.0, torch.nan, 3.0], dtype=dtype, device=device)
+    score = torch.tensor(
+        [1.0, torch.nan, torch.inf, -torch.inf, torch.nan, 2.0, torch.nan, 3.0], dtype=dtype, device=device
+    )
     packed = together([torch.arange(8) < 5] * 2).to(device)
     counts = torch.tensor([1, 0], device=device)
     chosen, odd, squares = functional.select_entries([score, score], packed, counts, grow=True)
