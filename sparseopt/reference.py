@@ -193,9 +193,9 @@ def select_entries(
     """Of each tensor ``counts`` entries: active ones of smallest |score|, or (``grow``) inactive ones of largest.
 
     Ties go to the lower index. Among active entries an infinity is fp32's largest number; to grow, what is not finite is 0.
-    fp64 is rounded to fp32 first. With ``seeds`` those of largest :func:`random_keys` are chosen. Returns the chosen entries, the number of
-    NaNs among the active entries (``grow``: of all entries that are not finite), and (``grow``) the sum of squares of the
-    inactive scores.
+    fp64 is rounded to fp32 first. With ``seeds`` those of largest :func:`random_keys` are chosen. Returns the chosen entries,
+    the number of NaNs among the active entries (``grow``: of all entries that are not finite), and (``grow``) the sum of
+    squares of the inactive scores.
     """
     chosen, odd = torch.zeros_like(packed), torch.zeros_like(counts)
     squares = torch.zeros((), dtype=torch.float64, device=packed.device)

@@ -9,8 +9,8 @@ Radix selection, all tensors at once: a launch for every 8 bits counts, tensor b
 last chosen one does; a few operations on [T, 256] numbers then tell its next digit. The last launch writes the chosen entries: keys
 above that one, and of the equal ones the first by index, for which the counts of the last digit are also kept by chunk.
 
-A program takes 32,768 entries, 4096 at a time, 8 to a thread and load as far as the dtype allows, with the byte of the mask that
-belongs to them. Bytes: 3 readings of 16-bit scores, 5 of fp32. Counts are integer sums, squares are added in a fixed order
+A program takes 32,768 entries, 4096 at a time, up to 16 bytes to a thread and load, with the bytes of the mask that belong to
+them. 16-bit scores are read 3 times, fp32 ones 5 times. Counts are integer sums, squares are added in a fixed order
 within a chunk and over chunks: deterministic.
 """
 
@@ -30,7 +30,7 @@ __all__ = ["select_entries"]
 
 CHUNK = 32768  # entries of a program
 BLOCK = 4096  # entries at a time
-DIGIT = 8  # bits: what a warp counts with few votes
+DIGIT = 8  # bits; the first ones of a score are its exponent
 BINS = 1 << DIGIT
 HIGHEST = torch.iinfo(torch.int32).max
 
@@ -77,8 +77,9 @@ def _keys(value, GROW: tl.constexpr):
 
 
 @triton.jit
-def _block(source, packed, seed, start, count, b, DTYPE: tl.constexpr, GROW: tl.constexpr, RANDOM: tl.constexpr,
-           BLOCK: tl.constexpr):  # fmt: skip
+def _block(
+    source, packed, seed, start, count, b, GROW: tl.constexpr, RANDOM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Block ``b`` of a chunk whose mask begins at ``packed``: keys, eligible, odd, scores, each [BLOCK / 8, 8]."""
     byte = b * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     bit = tl.arange(0, 8)
@@ -92,14 +93,17 @@ def _block(source, packed, seed, start, count, b, DTYPE: tl.constexpr, GROW: tl.
         value = i
         odd = i < 0
     else:
-        value = tl.load(source + i, mask=valid, other=0)
+        if (b + 1) * BLOCK <= count:  # a mask would make the loads narrow
+            value = tl.load(source + i)
+        else:
+            value = tl.load(source + i, mask=valid, other=0)
         key, odd = _keys(value, GROW)
         if not GROW:
             odd = odd & eligible
     return key, eligible, odd, value
 
 
-@triton.jit(do_not_specialize=["shift"])
+@triton.jit(do_not_specialize=["shift", "width"])
 def _count_kernel(
     scores,  # int64 [T], addresses
     seeds,  # int64 [T] or None
@@ -111,7 +115,8 @@ def _count_kernel(
     rows,  # int32 [C, BINS], counts of each chunk (LAST)
     odd,  # int64 [T], added to (FIRST)
     squares,  # fp32 [C] (FIRST)
-    shift,
+    shift,  # of the digit
+    width,  # its bits, at most log2(BINS)
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     GROW: tl.constexpr,
@@ -138,10 +143,11 @@ def _count_kernel(
     strange = tl.zeros([BLOCK // 8, 8], tl.int32)
     power = tl.zeros([BLOCK // 8, 8], tl.float32)
     for b in range(0, tl.cdiv(count, BLOCK)):
-        key, eligible, wrong, value = _block(source, bits, seed, start, count, b, DTYPE, GROW, RANDOM, BLOCK)
+        key, eligible, wrong, value = _block(source, bits, seed, start, count, b, GROW, RANDOM, BLOCK)
         lead = key >> shift
-        counted = eligible & ((lead >> 8) == prefix)
-        total += tl.histogram(tl.reshape(lead & (BINS - 1), [BLOCK]), BINS, mask=tl.reshape(counted, [BLOCK]))
+        counted = eligible & ((lead >> width) == prefix)
+        digit = lead & ((1 << width) - 1)
+        total += tl.histogram(tl.reshape(digit, [BLOCK]), BINS, mask=tl.reshape(counted, [BLOCK]))
         if FIRST and not RANDOM:
             strange += wrong.to(tl.int32)
             if GROW:
@@ -185,7 +191,7 @@ def _pick_kernel(
     quota = tl.load(quotas + program).to(tl.int32)
     bit = tl.arange(0, 8)
     for b in range(0, tl.cdiv(count, BLOCK)):
-        key, eligible, wrong, value = _block(source, packed + place, seed, start, count, b, DTYPE, GROW, RANDOM, BLOCK)
+        key, eligible, _, _ = _block(source, packed + place, seed, start, count, b, GROW, RANDOM, BLOCK)
         tied = (eligible & (key == threshold)).to(tl.int32)
         per_byte = tl.sum(tied, axis=1)
         before = (tl.cumsum(per_byte, axis=0) - per_byte)[:, None] + (tl.cumsum(tied, axis=1) - tied)
@@ -220,18 +226,20 @@ def select_entries(
     squares = torch.zeros(programs, device=device)
     prefix, left = torch.zeros_like(counts), counts
     digit = prefix
-    key_bits = 24 if random else 8 * min(4, found.dtype.itemsize)
+    key_bits = 24 if random else 15 if found.dtype.itemsize == 2 else 31
     constants = {
         "DTYPE": TL_DTYPES[found.dtype], "ALIGNED": found.aligned, "GROW": grow, "RANDOM": random, "CHUNK": CHUNK,
         "BLOCK": BLOCK, "num_warps": 8,
     }  # fmt: skip
     with torch.cuda.device_of(packed):
-        for shift in range(key_bits - DIGIT, -1, -DIGIT):
+        shift = key_bits
+        while shift:
+            width, first = min(DIGIT, shift), shift == key_bits
+            shift -= width
             bins = torch.zeros((tensors, BINS), dtype=torch.int64, device=device)
-            first, last = shift == key_bits - DIGIT, shift == 0
             _count_kernel[(programs,)](
-                found.table, seeds, packed, table, ranges, prefix, bins, rows, odd, squares, shift, FIRST=first,
-                LAST=last, BINS=BINS, **constants,
+                found.table, seeds, packed, table, ranges, prefix, bins, rows, odd, squares, shift, width,
+                FIRST=first, LAST=shift == 0, BINS=BINS, **constants,
             )  # fmt: skip
             # How many keys have at least this digit: the digit is the largest for which they suffice.
             reached = bins.flip(1).cumsum(1).flip(1)
@@ -239,7 +247,7 @@ def select_entries(
             above = torch.cat([reached, reached.new_zeros(tensors, 1)], 1).gather(1, digit[:, None] + 1)[:, 0]
             left = left - above
             # Where nothing is chosen every digit is the largest; no key is above it.
-            prefix = ((prefix << DIGIT) + digit).clamp_(max=HIGHEST)
+            prefix = ((prefix << width) + digit).clamp_(max=HIGHEST)
         owner, block = ranges[:, 0], ranges[:, 1]
         ties = rows.gather(1, digit[owner][:, None])[:, 0].to(torch.int64)
         before = ties.cumsum(0) - ties

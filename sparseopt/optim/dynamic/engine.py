@@ -8,8 +8,9 @@
         ...forward, backward, optimizer.step(), optimizer.zero_grad()...
         engine.update(step)
 
-Growth needs the gradient of inactive entries: hooks add it up in fp32 over the micro-batches of a step, 4 bytes an entry (2 for
-16-bit gradients of a single one), and only in steps that end with an update. Decisions depend on weights, gradients, seed and step alone.
+Growth needs the gradient of inactive entries: hooks add it up in fp32 over the micro-batches of a step, 4 bytes an entry
+(2 for 16-bit gradients of a single one), and only in steps that end with an update. Decisions depend on weights, gradients,
+seed and step alone.
 """
 
 from __future__ import annotations
