@@ -5,9 +5,10 @@
 //
 // Every score becomes a key, a whole number of 15 (16-bit scores), 31 or 24 (random) bits: the bits of |score|, subtracted
 // from their largest value where the smallest is wanted, so that the largest keys are chosen. Radix selection, tensor by
-// tensor: passes over ranges of entries count the keys' digits of 11 bits, among the keys that begin as the last chosen one
-// does; then ties are counted by range, and every range writes its bytes. Threads take ranges; what they add up is whole
-// numbers, and squares are added in the order of ranges: deterministic. 16-bit scores need 4 readings, fp32 ones 5.
+// tensor: the first pass counts the keys' first 11 bits, the second one collects the keys that begin as the last chosen one
+// does, mostly a few in a hundred, which tell its other bits and the ties of every range; the third one writes the bytes.
+// Threads take ranges of entries; what they add up is whole numbers, and squares are added in the order of ranges:
+// deterministic.
 #include "common.h"
 
 #include <ATen/ops/zeros.h>
@@ -103,23 +104,37 @@ template <typename K, bool kGrow> class Selection {
 
   Found run(int64_t count, uint8_t* chosen) {
     const int64_t ranges = (n_ + kRange - 1) / kRange;
-    const Found found = look(ranges);
-    if (count <= 0) return found;
-    uint32_t prefix = 0;
+    Found found;
+    int shift = K::kBits - kDigit;
     int64_t left = count;
-    for (int shift = K::kBits, width; shift > 0;) {
-      width = std::min(kDigit, shift);
+    auto prefix = static_cast<uint32_t>(last_digit(first_digits(ranges, shift, count > 0, found), left));
+    if (count <= 0) return found;
+    // Few keys begin like the last chosen one: from here on only these.
+    std::vector<std::vector<uint32_t>> alike(ranges);
+    at::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+      std::vector<uint32_t> keys(kRange + 8);
+      for (int64_t r = begin; r < end; ++r) {
+        int64_t number = 0;
+        each(r, [&](int64_t i, uint32_t mine) {
+          keys[number] = keys_.at(i);
+          number += mine & static_cast<uint32_t>((keys[number] >> shift) == prefix);
+        });
+        alike[r].assign(keys.begin(), keys.begin() + number);
+      }
+    });
+    while (shift > 0) {
+      const int width = std::min(kDigit, shift);
       shift -= width;
-      const Bins bins = digits(ranges, prefix, shift, width);
-      int digit = (1 << width) - 1;
-      while (digit > 0 && bins[digit] < left) left -= bins[digit--];
-      prefix = (prefix << width) | static_cast<uint32_t>(digit);
+      Bins bins{};
+      for (const auto& keys : alike) {
+        for (const uint32_t key : keys) bins[(key >> shift) & ((1u << width) - 1)] += (key >> shift >> width) == prefix;
+      }
+      prefix = (prefix << width) | static_cast<uint32_t>(last_digit(bins, left));
     }
     std::vector<int64_t> before(ranges + 1, 0);
-    at::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) before[r + 1] = ties(r, prefix);
-    });
-    for (int64_t r = 0; r < ranges; ++r) before[r + 1] += before[r];
+    for (int64_t r = 0; r < ranges; ++r) {
+      before[r + 1] = before[r] + std::count(alike[r].begin(), alike[r].end(), prefix);
+    }
     at::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) pick(r, prefix, left - before[r], chosen);
     });
@@ -127,62 +142,57 @@ template <typename K, bool kGrow> class Selection {
   }
 
  private:
-  SPARSEOPT_INLINE bool eligible(int64_t i) const { return (((packed_[i >> 3] >> (i & 7)) & 1) != 0) != kGrow; }
-
-  Found look(int64_t ranges) const {
-    if constexpr (K::kRandom) return {};
-    std::vector<Found> parts(ranges);
-    at::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        int64_t odd = 0;
-        double squares = 0;
-        const int64_t last = std::min(n_, (r + 1) * kRange);
-        for (int64_t tile = r * kRange; tile < last; tile += kTile) {
-          const int64_t stop = std::min(last, tile + kTile);
-          std::array<float, 8> lanes{};
-          for (int64_t i = tile; i < stop; ++i) {
-            const bool mine = eligible(i);
-            odd += keys_.odd(i, mine);
-            if constexpr (kGrow) {
-              const float value = mine ? keys_.value(i) : 0.0f;
-              lanes[i & 7] += value * value;
-            }
-          }
-          for (const float lane : lanes) squares += lane;
-        }
-        parts[r] = {odd, squares};
-      }
-    });
-    Found total;
-    for (const Found& part : parts) total.odd += part.odd, total.squares += part.squares;
-    return total;
+  // Calls visit(entry, 1 where it can be chosen, else 0) for the entries of a range.
+  template <typename Visit> SPARSEOPT_INLINE void each(int64_t range, Visit visit) const {
+    const int64_t last = std::min(n_, (range + 1) * kRange);
+    for (int64_t first = range * kRange; first < last; first += 8) {
+      const uint32_t candidates = kGrow ? ~packed_[first >> 3] : packed_[first >> 3];
+      const int64_t lanes = std::min<int64_t>(8, last - first);
+      for (int64_t j = 0; j < lanes; ++j) visit(first + j, (candidates >> j) & 1u);
+    }
   }
 
-  Bins digits(int64_t ranges, uint32_t prefix, int shift, int width) const {
+  // The digit of the last of ``left`` keys; takes those with a larger one off ``left``.
+  static int last_digit(const Bins& bins, int64_t& left) {
+    int digit = kBins - 1;
+    while (digit > 0 && bins[digit] < left) left -= bins[digit--];
+    return digit;
+  }
+
+  // Counts the first digits, and what is to be known of all scores.
+  Bins first_digits(int64_t ranges, int shift, bool count, Found& found) const {
     Bins total{};
     std::mutex lock;
+    std::vector<Found> parts(ranges);
     at::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> bins(kBins + 1, 0);  // the last one counts what is not wanted
-      const bool first = shift + width == K::kBits;
-      const uint32_t low = (1u << width) - 1;
-      for (int64_t i = begin * kRange; i < std::min(n_, end * kRange); ++i) {
-        const uint32_t lead = keys_.at(i) >> shift;
-        if (first) {
-          ++bins[eligible(i) ? lead : kBins];
-        } else if ((lead >> width) == prefix && eligible(i)) {
-          ++bins[lead & low];
-        }
+      // Four of each, in turns: an addition need not wait for the one before. One more for what cannot be chosen.
+      std::vector<int64_t> bins(4 * (kBins + 4), 0);
+      for (int64_t r = begin; r < end; ++r) {
+        std::array<float, 8> lanes{};
+        std::array<double, 8> squares{};
+        int64_t odd = 0;
+        each(r, [&](int64_t i, uint32_t mine) {
+          if (count) {
+            const uint32_t digit = keys_.at(i) >> shift;
+            ++bins[4 * (mine ? digit : kBins + (i >> 2 & 3)) + (i & 3)];
+          }
+          odd += keys_.odd(i, mine);
+          if constexpr (kGrow && !K::kRandom) {
+            const float value = mine ? keys_.value(i) : 0.0f;
+            lanes[i & 7] += value * value;
+            if ((i & (kTile - 1)) == kTile - 1) {
+              for (int lane = 0; lane < 8; ++lane) squares[lane] += lanes[lane], lanes[lane] = 0;
+            }
+          }
+        });
+        parts[r].odd = odd;
+        for (int lane = 0; lane < 8; ++lane) parts[r].squares += squares[lane] + lanes[lane];
       }
       const std::lock_guard<std::mutex> guard(lock);
-      for (int d = 0; d < kBins; ++d) total[d] += bins[d];
+      for (int d = 0; d < kBins; ++d) total[d] += bins[4 * d] + bins[4 * d + 1] + bins[4 * d + 2] + bins[4 * d + 3];
     });
+    for (const Found& part : parts) found.odd += part.odd, found.squares += part.squares;
     return total;
-  }
-
-  int64_t ties(int64_t range, uint32_t key) const {
-    int64_t count = 0;
-    for (int64_t i = range * kRange; i < std::min(n_, (range + 1) * kRange); ++i) count += (keys_.at(i) == key) & eligible(i);
-    return count;
   }
 
   // The first ``quota`` ties of a range (any number, negative too), and what is above them.
