@@ -19,6 +19,7 @@ SOURCES = [
     "masks.cpp",
     "project.cpp",
     "remap.cpp",
+    "select.cpp",
     "scatter.cpp",
     "sparse_adamw.cpp",
 ]

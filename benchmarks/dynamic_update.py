@@ -24,7 +24,9 @@ import torch
 import sparseopt as so
 from sparseopt._files import atomic_write
 from sparseopt.benchmarks import train_results, train_work
+from sparseopt.optim import arena
 from sparseopt.optim.dynamic.engine import DynamicSparsity
+from sparseopt.optim.plan_on_device import build_on_device
 from sparseopt.progress import Progress, announce_device
 from sparseopt.shapes import SHAPES, build_shape
 
@@ -40,8 +42,9 @@ def measure(
     """Times ``updates`` steps with a mask update, and ``ordinary`` steps before each.
 
     Returns:
-        ``ordinary_step_ms``, ``step_before_update_ms`` (it collects dense gradients), ``update_ms``, ``state_following_ms``
-        (of the update: the optimizer's part), ``step_with_update_ms``, each with median and 20% and 80% quantiles;
+        ``ordinary_step_ms``, ``step_before_update_ms`` (it collects dense gradients), ``update_ms``, of it ``selecting_ms``
+        (what leaves and comes) and ``state_following_ms`` (the optimizer's part, of it on GPUs ``planning_ms``: the new index
+        plan), ``step_with_update_ms``, each with median and 20% and 80% quantiles;
         ``extra_ms`` and ``update_over_step`` of the medians; ``peak_*_bytes`` (None on a CPU) of ordinary steps and of steps
         with an update; ``state_bytes``, ``bytes_per_active_entry``, ``active``, ``sparse_active``, ``trainable``.
 
@@ -63,8 +66,11 @@ def measure(
     engine.start(optimizer)
     active = engine.masks.active_parameters
     loss_of = train_work.make_loss("lm", model, batch, seq, 1)[0]
-    following: list[float] = []
-    _watch(optimizer, device, following)
+    following, selecting = list[float](), list[float]()
+    optimizer.update_masks = _timed(optimizer.update_masks, device, following)  # type: ignore[method-assign]
+    engine._choose = _timed(engine._choose, device, selecting)  # type: ignore[method-assign]
+    planning = list[float]()
+    arena.build_on_device = _timed(build_on_device, device, planning)  # type: ignore[assignment]
     times: dict[str, list[float]] = {"ordinary": [], "before": [], "update": [], "whole": []}
     peaks: dict[str, int] = {}
     # The first update compiles; only what follows counts.
@@ -82,7 +88,8 @@ def measure(
             done = _now(device)
             progress.update()
             if step <= interval:
-                following.clear()
+                for times_of_part in (following, selecting, planning):
+                    times_of_part.clear()
                 continue
             kind = "update" if ends else "ordinary"
             _keep_peak(peaks, kind, device)
@@ -97,9 +104,11 @@ def measure(
     if target == "weights":
         _check(engine)
     engine.close()
+    arena.build_on_device = build_on_device  # type: ignore[assignment]
     spans = {
         "ordinary_step_ms": times["ordinary"], "step_before_update_ms": times["before"], "update_ms": times["update"],
-        "state_following_ms": following, "step_with_update_ms": times["whole"],
+        "selecting_ms": selecting, "state_following_ms": following, "step_with_update_ms": times["whole"],
+        **({"planning_ms": planning} if planning else {}),
     }  # fmt: skip
     found: dict[str, Any] = {name: {"count": len(v), **train_results.quantiles(v)} for name, v in spans.items()}
     plain = found["ordinary_step_ms"]["median"]
@@ -116,16 +125,16 @@ def measure(
     }  # fmt: skip
 
 
-def _watch(optimizer: so.SparseAdamW, device: torch.device, times: list[float]) -> None:
-    """Times every ``update_masks`` of this optimizer."""
-    inner: Callable[..., None] = optimizer.update_masks
+def _timed(inner: Callable[..., Any], device: torch.device, times: list[float]) -> Callable[..., Any]:
+    """``inner``, every call of it timed."""
 
-    def timed(masks: Any) -> None:
+    def timed(*arguments: Any, **named: Any) -> Any:
         began = _now(device)
-        inner(masks)
+        result = inner(*arguments, **named)
         times.append(_now(device) - began)
+        return result
 
-    optimizer.update_masks = timed  # type: ignore[method-assign]
+    return timed
 
 
 def _now(device: torch.device) -> float:
@@ -164,15 +173,16 @@ def _markdown(found: dict[str, Any]) -> str:
     lines = [
         f"### Mask updates: {found['date']}, commit `{found['commit']}`, {found['environment']['device']}",
         "",
-        "| shape | target | policy | ordinary step ms | step with update ms | update ms | of it state ms | extra / step |"
-        " peak GiB ordinary / update | state bytes per active entry |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| shape | target | policy | ordinary step ms | step with update ms | update ms | of it selection | state (of it plan) |"
+        " extra / step | peak GiB ordinary / update | state bytes per active entry |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found["results"]:
         spans = [
             f"{r[k]['median']:.1f} ({r[k]['p20']:.1f}-{r[k]['p80']:.1f})"
-            for k in ("ordinary_step_ms", "step_with_update_ms", "update_ms", "state_following_ms")
+            for k in ("ordinary_step_ms", "step_with_update_ms", "update_ms", "selecting_ms", "state_following_ms")
         ]
+        spans[-1] += f" ({r['planning_ms']['median']:.1f})" if "planning_ms" in r else ""
         peaks = [r["peak_ordinary_bytes"], r["peak_update_bytes"]]
         shown = " / ".join("-" if p is None else f"{p / 2**30:.2f}" for p in peaks)
         lines.append(

@@ -20,6 +20,10 @@ Terms used by all ops:
   ``sources`` ``[M]`` in that of ``old_indices`` and ``old_chunks``; rows hold at most 4096 entries.
 * ``accumulate_squares_`` knows no masks: ``stored`` is T fp32 tensors, ``grads`` T gradients of their sizes (one dtype),
   ``decay`` and ``inverse`` are fp32[] on the device.
+* ``select_entries`` takes T tensors ``scores`` (one dtype, sizes n), their masks ``packed`` one behind the other in one
+  vector, each from a multiple of :data:`MASK_ALIGNMENT` bytes on (:func:`mask_begins`), ``counts int64[T]``, and instead of
+  scores that count ``seeds int64[T]``; all on one device. It returns ``chosen`` (packed as the masks are), ``odd int64[T]``
+  and ``squares fp64[]``.
 * ``grad_project`` takes ``gradients [B, T, d_out]``, ``inputs [B, T, k_i]`` and ``matrix [k_o, d_out]``, each with a
   contiguous last dimension, and returns ``fp32[B, k_o, k_i]``; ``cross_entropy_`` takes ``logits [N, V]`` with a
   contiguous last dimension and ``targets int64[N]``, and returns ``fp32[N]``.
@@ -34,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HYPER_COLUMNS", "MUTABLE_OPS", "NAMESPACE", "OPS", "TensorList", "library"]
+__all__ = ["HYPER_COLUMNS", "MASK_ALIGNMENT", "MUTABLE_OPS", "NAMESPACE", "OPS", "TensorList", "library", "mask_begins"]
 
 
 class TensorList(list[Tensor]):
@@ -45,6 +49,9 @@ class TensorList(list[Tensor]):
 
 NAMESPACE = "sparseopt"
 HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "correct_bias", "amsgrad")
+
+# Masks of several tensors in one vector begin at multiples of so many bytes.
+MASK_ALIGNMENT = 64
 
 # numel above this needs int64 flat indices.
 INT32_NUMEL = 2**31
@@ -68,6 +75,9 @@ OPS = {
         "(Tensor(a!)[] targets, Tensor[] sources, Tensor indices, Tensor chunks, Tensor old_indices, Tensor old_chunks) "
         "-> ()"
     ),
+    "select_entries": (
+        "(Tensor[] scores, Tensor packed, Tensor counts, bool grow, Tensor? seeds) -> (Tensor, Tensor, Tensor)"
+    ),
     "accumulate_squares_": (
         "(Tensor(a!)[] stored, Tensor[] grads, float weight, Tensor? decay, Tensor? inverse) -> ()"
     ),
@@ -80,6 +90,16 @@ OPS = {
     "grad_project": "(Tensor gradients, Tensor inputs, Tensor matrix, float scale) -> Tensor",
     "cross_entropy_": "(Tensor(a!) logits, Tensor targets, int ignore_index) -> Tensor",
 }
+
+
+def mask_begins(sizes: Sequence[int]) -> list[int]:
+    """The byte at which each of T masks of ``sizes`` entries begins in one vector, and the length of that: T + 1 numbers."""
+    begins = [0]
+    for size in sizes:
+        begins.append(begins[-1] + -(-size // (8 * MASK_ALIGNMENT)) * MASK_ALIGNMENT)
+    return begins
+
+
 MUTABLE_OPS = tuple(name for name in OPS if name.endswith("_"))
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -144,6 +164,13 @@ def _(
     old_chunks: Tensor,
 ) -> None:  # fmt: skip
     return None
+
+
+@_fake("select_entries")
+def _(
+    scores: Sequence[Tensor], packed: Tensor, counts: Tensor, grow: bool, seeds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(packed), torch.empty_like(counts), counts.new_empty((), dtype=torch.float64)
 
 
 @_fake("accumulate_squares_")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparseopt import _backend, _schema
 from sparseopt._functional_samples import PROJECTION_RANK, cross_entropy_, describe, grad_project
+from sparseopt._functional_selection import select_entries
 
 if TYPE_CHECKING:
     from sparseopt.optim.plan import IndexPlan
@@ -32,6 +33,7 @@ __all__ = [
     "popcount",
     "remap_entries_",
     "scatter_values_",
+    "select_entries",
     "sparse_adamw_",
     "unpack_mask",
 ]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseopt._schema import mask_begins
+
 __all__ = [
     "IMPLEMENTATIONS",
     "RESIDUAL_LIMIT",
@@ -25,8 +27,10 @@ __all__ = [
     "mask_overlap",
     "pack_mask",
     "popcount",
+    "random_keys",
     "remap_entries_",
     "scatter_values_",
+    "select_entries",
     "sparse_adamw_",
     "split_master",
     "unpack_mask",
@@ -181,6 +185,57 @@ def remap_entries_(
             target[entries][both] = source[old[tensor][1]][at[both]]
 
 
+# ---- entries that leave a mask or join it ----------------------------------------------------------------------------
+@torch.no_grad()
+def select_entries(
+    scores: Sequence[Tensor], packed: Tensor, counts: Tensor, grow: bool, seeds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each tensor ``counts`` entries: active ones of smallest |score|, or (``grow``) inactive ones of largest.
+
+    Ties go to the lower index. Among active entries an infinity is fp32's largest number; to grow, what is not finite is 0.
+    fp64 is rounded to fp32 first. With ``seeds`` those of largest :func:`random_keys` are chosen. Returns the chosen entries,
+    the number of NaNs among the active entries (``grow``: of all entries that are not finite), and (``grow``) the sum of
+    squares of the inactive scores.
+    """
+    chosen, odd = torch.zeros_like(packed), torch.zeros_like(counts)
+    squares = torch.zeros((), dtype=torch.float64, device=packed.device)
+    begins = mask_begins([tensor.numel() for tensor in scores])
+    for t, tensor in enumerate(scores):
+        n, bits = tensor.numel(), slice(begins[t], begins[t] + (tensor.numel() + 7) // 8)
+        eligible = unpack_mask(packed[bits], n) ^ grow
+        if seeds is not None:
+            order = random_keys(int(seeds[t]), torch.arange(n, device=packed.device))
+        else:
+            magnitude = tensor.reshape(-1).float().abs()
+            if grow:
+                odd[t] = (~magnitude.isfinite()).sum()
+                magnitude = magnitude.where(magnitude.isfinite(), 0)
+                squares += magnitude[eligible].square().sum(dtype=torch.float64)
+            else:
+                odd[t] = (magnitude.isnan() & eligible).sum()
+                magnitude = magnitude.clamp(max=torch.finfo(torch.float32).max)
+            order = magnitude.view(torch.int32)  # numbers that are not negative have the order of their bits
+        candidates = eligible.nonzero().view(-1)
+        best = order[candidates].sort(stable=True, descending=grow or seeds is not None).indices[: int(counts[t])]
+        mask = torch.zeros_like(eligible)
+        mask[candidates[best]] = True
+        chosen[bits] = pack_mask(mask)
+    return chosen, odd, squares
+
+
+def random_keys(seed: int, index: Tensor) -> Tensor:
+    """24-bit numbers that depend on a seed (63 bits) and an int64 index: MurmurHash3's 32-bit finaliser, twice."""
+    low = 0xFFFFFFFF
+    x = ((index & low) * 0x9E3779B1 + (index >> 32) * 0x85EBCA77 + (seed & low)) & low
+    for more in (seed >> 32, 0):
+        x ^= x >> 16
+        x = (x * 0x85EBCA6B) & low
+        x ^= x >> 13
+        x = (x * 0xC2B2AE35) & low
+        x = ((x ^ (x >> 16)) + more) & low
+    return x >> 8
+
+
 @torch.no_grad()
 def accumulate_squares_(
     stored: Sequence[Tensor], grads: Sequence[Tensor], weight: float, decay: Tensor | None, inverse: Tensor | None
@@ -328,6 +383,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "clip_coefficient_": clip_coefficient_,
     "scatter_values_": scatter_values_,
     "remap_entries_": remap_entries_,
+    "select_entries": select_entries,
     "accumulate_squares_": accumulate_squares_,
     "sparse_adamw_": sparse_adamw_,
     "grad_project": grad_project,

@@ -16,6 +16,7 @@ from sparseopt.triton_kernels.masks import mask_indices, mask_overlap, pack_mask
 from sparseopt.triton_kernels.project import grad_project
 from sparseopt.triton_kernels.remap import remap_entries_
 from sparseopt.triton_kernels.scatter import scatter_values_
+from sparseopt.triton_kernels.select import select_entries
 from sparseopt.triton_kernels.sparse_adamw import sparse_adamw_
 
 __all__ = ["IMPLEMENTATIONS"]
@@ -31,6 +32,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "clip_coefficient_": clip_coefficient_,
     "scatter_values_": scatter_values_,
     "remap_entries_": remap_entries_,
+    "select_entries": select_entries,
     "accumulate_squares_": accumulate_squares_,
     "sparse_adamw_": sparse_adamw_,
     "grad_project": grad_project,

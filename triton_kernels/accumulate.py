@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseopt.triton_kernels.common import TL_DTYPES, address_of, describe, kept_table, widen
+from sparseopt.triton_kernels.common import TL_DTYPES, address_of, describe, kept_table, ranges_of, widen
 
 __all__ = ["accumulate_squares_"]
 
@@ -89,14 +89,6 @@ def _accumulate_kernel(
             tl.store(squares + i, value, mask=i < count)
 
 
-def _ranges(sizes: Sequence[int]) -> Tensor:
-    numels = torch.tensor(sizes, dtype=torch.int64)
-    blocks = (numels + BLOCK - 1) // BLOCK
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), blocks)
-    block = torch.arange(len(tensor)) - (torch.cumsum(blocks, 0) - blocks)[tensor]
-    return torch.stack([tensor, block, (numels[tensor] - block * BLOCK).clamp(max=BLOCK)], dim=1)
-
-
 def accumulate_squares_(
     stored: Sequence[Tensor], grads: Sequence[Tensor], weight: float, decay: Tensor | None, inverse: Tensor | None
 ) -> None:
@@ -119,7 +111,7 @@ def accumulate_squares_(
         if decay is not None:
             torch._foreach_mul_(list(stored), decay)
         return
-    ranges = kept_table(("ranges", sizes), device, lambda: _ranges(sizes))
+    ranges = kept_table(("ranges", BLOCK, sizes), device, lambda: ranges_of(sizes, BLOCK))
     with torch.cuda.device_of(stored[0]):
         _accumulate_kernel[(len(ranges),)](
             home.table,

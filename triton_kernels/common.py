@@ -25,6 +25,7 @@ __all__ = [
     "entry_positions",
     "kept_table",
     "narrow",
+    "ranges_of",
     "widen",
 ]
 
@@ -175,6 +176,15 @@ def kept_table(about: Hashable, device: torch.device, make: Callable[[], Tensor]
         while len(_tables) > _TABLES_KEPT:
             _tables.popitem(last=False)
     return table
+
+
+def ranges_of(sizes: Sequence[int], block: int) -> Tensor:
+    """int64[C, 3] on the CPU, rows (tensor, range, entries): tensors of ``sizes`` entries in ranges of ``block``."""
+    numels = torch.tensor(sizes, dtype=torch.int64)
+    blocks = (numels + block - 1) // block
+    tensor = torch.repeat_interleave(torch.arange(len(numels)), blocks)
+    number = torch.arange(len(tensor)) - (torch.cumsum(blocks, 0) - blocks)[tensor]
+    return torch.stack([tensor, number, (numels[tensor] - number * block).clamp(max=block)], dim=1)
 
 
 def _stream_on(device: torch.device) -> int:

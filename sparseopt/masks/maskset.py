@@ -54,6 +54,7 @@ class MaskSet:
         metadata: Mapping[str, Any] | None = None,
         *,
         copy_bits: bool = True,
+        counts: Mapping[str, int] | None = None,
     ) -> None:
         """Makes a set from packed bits.
 
@@ -62,6 +63,7 @@ class MaskSet:
             shapes: name -> shape of the parameter, n entries; the same names.
             metadata: anything that JSON can hold: where the masks came from.
             copy_bits: False takes CPU tensors as they are; nobody may write to them afterwards.
+            counts: name -> active entries, where they are known: they are not counted again.
 
         Raises:
             ValueError: names differ, a size does not fit its shape, unused bits are set, or two names are the same.
@@ -84,6 +86,8 @@ class MaskSet:
             _check_bits(name, bits, shape)
             self._packed[name] = bits.detach().to("cpu", copy=copy_bits).contiguous()
             self._shapes[name] = shape
+            if counts is not None and raw in counts:
+                self._counts[name] = counts[raw]
 
     # ---- making one --------------------------------------------------------------------------------------------------
     @classmethod

@@ -113,6 +113,7 @@ class SparseAdamW(Optimizer):
         self._saved: dict[str, Saved] = {}
         # Packed masks in force: what the next change starts from.
         self._known: dict[str, Tensor | None] = {}
+        self._near: dict[str, Tensor] = {}  # copies of them where the parameters are
         self._dirty = True
         self._glance: list[tuple[int, int, int, bool]] = []
         # What the arenas were built for: amsgrad, and (id, group, device, dtype) of every parameter.
@@ -219,7 +220,7 @@ class SparseAdamW(Optimizer):
                     arena.adopt(t, saved[name])
                 slots[params[t]] = (arena, t)
             arenas.append(arena)
-        self._known, self._masks = masks, {}
+        self._known, self._near, self._masks = masks, {}, {}
         self._arenas, self._slots, self._saved, self._dirty = arenas, slots, {}, False
         self._built = built
         self.state.clear()
@@ -320,11 +321,17 @@ class SparseAdamW(Optimizer):
 
     # ---- masks and weights that change -----------------------------------------------------------------------------------
     @torch.no_grad()
-    def update_masks(self, masks: MaskSet | Mapping[str, Tensor]) -> None:
+    def update_masks(
+        self, masks: MaskSet | Mapping[str, Tensor], *, copies: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Trains other entries from now on.
 
         Entries active before and after keep moments, master weight and age; new ones start at age 0 with their own bias
         correction; dropped ones keep their value. Parameters without a new mask keep theirs.
+
+        Args:
+            masks: the new masks, of all parameters or of some.
+            copies: packed bits of some of these masks where the parameters are: they need not be sent there.
         """
         if self._capture:
             raise RuntimeError(
@@ -337,13 +344,15 @@ class SparseAdamW(Optimizer):
         if not self._arenas:  # nothing is allocated yet, and need not be for masks that will not be used
             self._masks.update({name: given.packed(name) for name in given.names})
             return
-        old = {name: self._known[name] for name in given.names}
-        self._left.before_update(self, given, old)
+        near = {name: copies[name] for name in given.names if name in copies} if copies else {}
+        old = {name: self._near.get(name, self._known[name]) for name in given.names}
+        self._left.before_update(self, given, old, near)
         self._known.update({name: given.packed(name) for name in given.names})
+        self._near = {name: bits for name, bits in self._near.items() if name not in given} | near
         for arena in self._arenas:
             changed = [t for t, name in enumerate(arena.names) if name in given]
             if changed:
-                arena.change_masks([self._known[name] for name in arena.names], changed)
+                arena.change_masks([self._near.get(name, self._known[name]) for name in arena.names], changed)
                 self._left.take_back(arena)
         for param, (arena, t) in self._slots.items():
             self.state[param] = arena.state(t)

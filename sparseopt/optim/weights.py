@@ -28,7 +28,7 @@ class Follower:
     """What somebody who follows the weights must look at besides the active entries.
 
     Attributes:
-        left: packed bits on the CPU, by parameter name, of the entries that left the mask since the last look and are out
+        left: packed bits on any device, by parameter name, of the entries that left the mask since the last look and are out
             of it.
         lost: whether any entry of the optimizer's parameters may have changed: state was loaded, and masks had changed.
         active: (index plan, active positions) by name, kept between looks, on CPUs; None: not kept.
@@ -49,9 +49,9 @@ class Follower:
         return kept[1]
 
     def drop(self, name: str, old: Tensor, kept_out: Tensor) -> None:
-        """The mask changes from ``old`` to what is not ``kept_out`` (both packed, on the CPU)."""
+        """The mask changes from ``old`` to what is not ``kept_out`` (both packed, on one device)."""
         if name in self.left:
-            self.left[name].bitwise_or_(old).bitwise_and_(kept_out)
+            self.left[name] = self.left[name].to(old.device).bitwise_or_(old).bitwise_and_(kept_out)
         else:
             self.left[name] = old & kept_out
 
@@ -90,19 +90,24 @@ class LeftEntries:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, followers=weakref.WeakSet())
 
-    def before_update(self, optimizer: SparseAdamW, masks: MaskSet, before: Mapping[str, Tensor | None]) -> None:
-        """Remembers what the new masks drop from those ``before`` (packed, None: all), with its base values."""
+    def before_update(
+        self, optimizer: SparseAdamW, masks: MaskSet, before: Mapping[str, Tensor | None], near: Mapping[str, Tensor]
+    ) -> None:
+        """Remembers what the new masks drop from those ``before`` (packed, None: all), with its base values.
+
+        ``near``: copies of the new masks' bits on another device, which does the work where there are any.
+        """
         self.mask_changes += 1
         for arena in optimizer._arenas:
             for t, name in enumerate(arena.names):
                 if name not in masks:
                     continue
-                new, numel, given = masks.packed(name), arena.params[t].numel(), before[name]
+                new, numel, given = near.get(name, masks.packed(name)), arena.params[t].numel(), before[name]
                 kept_out = ~new
                 if numel % 8:
                     kept_out[-1] &= (1 << numel % 8) - 1
-                old = kept_out | new if given is None else given
-                # As bits, on the CPU: positions of what left would take more than the state of what trains.
+                old = kept_out | new if given is None else given.to(new.device)
+                # As bits: positions of what left would take more than the state of what trains.
                 for follower in (self.export, *self.followers):
                     follower.drop(name, old, kept_out)
                 if arena.base is not None:

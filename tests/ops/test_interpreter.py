@@ -19,6 +19,7 @@ LEAST = {
     "test_gather": 270,
     "test_scatter": 280,
     "test_remap": 330,
+    "test_select": 330,
     "test_accumulate_squares": 330,
     "test_sparse_adamw": 530,
     "test_grad_project": 80,

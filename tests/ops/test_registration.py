@@ -82,6 +82,12 @@ def samples(name: str, device: torch.device) -> list[tuple[Any, ...]]:
                     other.chunks,
                 )
             ]
+        case "select_entries":
+            vector = torch.zeros(192, dtype=torch.uint8, device=device)
+            vector[: packed.numel()] = packed
+            counts, seeds = torch.tensor([20, 3], device=device), torch.tensor([1, 2], device=device)
+            halves = [t.bfloat16() for t in tensors()]
+            return [(tensors(), vector, counts.clamp(max=0), False, None), (halves, vector, counts, True, seeds)]
         case "accumulate_squares_":
             halves = [t.bfloat16() for t in tensors()]
             return [(tensors(), tensors(), 0.5, None, None), (tensors(), halves, 0.5, scalar + 0.9, scalar + 0.25)]

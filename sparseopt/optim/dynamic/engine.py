@@ -8,14 +8,15 @@
         ...forward, backward, optimizer.step(), optimizer.zero_grad()...
         engine.update(step)
 
-Growth needs the gradient of inactive entries: hooks add it up in fp32 over the micro-batches of a step, 4 bytes an entry,
-and only in steps that end with an update. Decisions depend on weights, gradients, seed and step alone.
+Growth needs the gradient of inactive entries: hooks add it up in fp32 over the micro-batches of a step, 4 bytes an entry
+(2 for 16-bit gradients of a single one), and only in steps that end with an update. Decisions depend on weights, gradients,
+seed and step alone.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from sparseopt.optim.dynamic.distribution import DISTRIBUTIONS, global_counts, p
 from sparseopt.optim.dynamic.first import first_masks, layer_counts
 from sparseopt.optim.dynamic.layers import Layer, find_layers
 from sparseopt.optim.dynamic.patterns import parse_pattern
-from sparseopt.optim.dynamic.policy import Plan, SparsitySchedule, random_scores
+from sparseopt.optim.dynamic.policy import Plan, SparsitySchedule
+from sparseopt.optim.dynamic.selection import Group, Move, Moved, choose_each, choose_together, groups_of, to_host
 from sparseopt.optim.sparse_adamw import SparseAdamW
 
 __all__ = ["DynamicSparsity"]
@@ -131,8 +133,11 @@ class DynamicSparsity:
         self._optimizer: SparseAdamW | None = None
         self._warned = False
         self.masks = first_masks(self.layers, self.plan, self.pattern, self.distribution, criterion, initial, seed)
-        # Entries that were active once and then dropped, packed by name.
+        # Entries that were active once and then dropped, packed by name: before the first update.
         self._left = {name: torch.zeros_like(self.masks.packed(name)) for name in self.masks.names}
+        # The same and the masks, where the weights are; and the masks that these are.
+        self._groups: list[Group] = []
+        self._grouped: MaskSet | None = None
         self._resume_fingerprint: str | None = None
 
     @property
@@ -211,9 +216,11 @@ class DynamicSparsity:
     def _add(self, name: str, gradient: Tensor) -> None:
         before = self._accumulated.get(name)
         if before is None:
-            self._accumulated[name] = gradient.detach().to(torch.float32, copy=True)
+            # 16-bit gradients stay so while there is one.
+            dtype = gradient.dtype if gradient.dtype.itemsize == 2 else torch.float32
+            self._accumulated[name] = gradient.detach().to(dtype, copy=True)
         else:
-            before.add_(gradient.detach())
+            self._accumulated[name] = before.float().add_(gradient.detach())
 
     def take_gradients(self, step: int) -> None:
         """Before the optimizer's step: takes what is in ``.grad``, if the step ends with an update that needs it."""
@@ -249,41 +256,81 @@ class DynamicSparsity:
         if gradients and not self._accumulated:
             raise RuntimeError(f"no gradient was seen in step {step}: call begin_step({step}) before its backward().")
         sparsity, fraction = self.plan.sparsity_at(step), self.plan.exchange(step)
-        counts = self._next_counts(sparsity)
-        record: dict[str, Any] = {"step": step, "dropped": 0, "grown": 0}
-        before = self.masks.active_parameters
-        squares: list[Tensor] = []
-        moved: list[Tensor] = []  # per layer: dropped, grown, and of these how many had been active before
-        packed: dict[str, Tensor] = {}
-        for layer, after in zip(self.layers, counts, strict=True):
-            # Bits go to the device and come back, an eighth of what bools take.
-            bits, left = (b.to(layer.param.device) for b in (self.masks.packed(layer.name), self._left[layer.name]))
-            mask = functional.unpack_mask(bits, layer.shape)
-            gradient = self._gradient(layer, step) if gradients else None
-            if gradient is not None:
-                squares.append(gradient.masked_fill(mask, 0).square().sum())
-            leaves, comes = self._move(layer, mask, gradient, step, fraction, after)
-            self._write(layer, mask, leaves)
-            gone, came = functional.pack_mask(leaves), functional.pack_mask(comes)
-            moved.append(torch.stack([functional.popcount(b) for b in (gone, came, left & came)]))
-            packed[layer.name], self._left[layer.name] = (
-                torch.stack([(bits & ~gone) | came, left | gone]).cpu().unbind()
-            )
+        now, counts = [self.masks.count(layer.name) for layer in self.layers], self._next_counts(sparsity)
+        moves = [
+            Move(before, self.pattern.swaps(layer, fraction, before, after), after)
+            for layer, before, after in zip(self.layers, now, counts, strict=True)
+        ]
+        moved, returned, packed, squares = self._choose(moves, step, gradients)
         self.close()
-        record["dropped"], record["grown"], returned = torch.stack([m.cpu() for m in moved]).sum(0).tolist()
-        self.masks = MaskSet(packed, self.masks.shapes, copy_bits=False)
-        if record["dropped"] or record["grown"]:
-            self._optimizer.update_masks(self.masks)
+        for group, found, bits, left in moved:
+            for i, layer in enumerate(group.layers):
+                if moves[group.positions[i]].leaving:
+                    self._write(layer, group.part(group.bits, i), group.part(found.gone, i))
+            group.bits, group.left = bits, left
+        before = self.masks.active_parameters
+        known = {layer.name: count for layer, count in zip(self.layers, counts, strict=True)}
+        self.masks = MaskSet({name: packed[name] for name in self.masks.names}, self.masks.shapes, copy_bits=False,
+                             counts=known)  # fmt: skip
+        self._grouped = self.masks
+        dropped, grown = sum(move.leaving for move in moves), sum(move.coming for move in moves)
+        if dropped or grown:
+            near = {
+                name: bits
+                for group in self._groups if group.bits.device.type != "cpu"
+                for name, bits in group.by_name(group.bits).items()
+            }  # fmt: skip
+            self._optimizer.update_masks(self.masks, copies=near)
         after_all = self.masks.active_parameters
-        record |= {
-            "active": after_all,
-            "sparsity": self.sparsity,
-            "churn": (record["dropped"] + record["grown"]) / (before + after_all),
-            "regrown": returned / record["grown"] if record["grown"] else 0.0,
-            "inactive_grad_norm": float(torch.stack([s.cpu() for s in squares]).sum().sqrt()) if squares else None,
-        }
+        record: dict[str, Any] = {
+            "step": step, "dropped": dropped, "grown": grown, "active": after_all, "sparsity": self.sparsity,
+            "churn": (dropped + grown) / (before + after_all), "regrown": returned / grown if grown else 0.0,
+            "inactive_grad_norm": squares**0.5 if gradients else None,
+        }  # fmt: skip
         self.history.append(record)
         return record
+
+    def _choose(
+        self, moves: Sequence[Move], step: int, gradients: bool
+    ) -> tuple[list[tuple[Group, Moved, Tensor, Tensor]], int, dict[str, Tensor], float]:
+        """What leaves and comes in every layer; nothing has changed yet.
+
+        Returns:
+            By group of layers: what moves, the new masks, and all that ever left; how many of what came had left before; the
+            new masks by name, packed, on the CPU; the sum of squares of the inactive entries' gradients.
+        """
+        if self._grouped is not self.masks or any(not group.fits() for group in self._groups):
+            self._groups, self._grouped = groups_of(self.layers, self.masks, self._left_by_name()), self.masks
+        random = (self.seed, step) if self.plan.growth == "random" else None
+        result, packed, facts = [], dict[str, Tensor](), []
+        for group in self._groups:
+            mine = [moves[position] for position in group.positions]
+            dense = [self._gradient(layer) for layer in group.layers] if gradients else None
+            if self.criterion is None and not self.pattern.m:
+                found = choose_together(group, dense, mine, random)
+            else:
+                found = choose_each(group, dense, mine, random, self.pattern, self.criterion)
+            bits, left = (group.bits & ~found.gone) | found.came, group.left | found.gone
+            back = functional.popcount(group.left & found.came)
+            packed |= group.by_name(to_host(bits))
+            # Exact in fp64; one transfer, after which those before it have arrived as well.
+            facts.append(torch.cat([back.view(1), found.nan, found.odd, found.squares.view(1)]).double())
+            result.append((group, found, bits, left))
+        returned, squares = 0, 0.0
+        for group, numbers in zip(self._groups, [fact.tolist() for fact in facts], strict=True):
+            count = len(group.layers)
+            for layer, nan, odd, position in zip(
+                group.layers, numbers[1:], numbers[1 + count :], group.positions, strict=False
+            ):
+                if nan and moves[position].moves:
+                    raise ValueError(f"the scores of {layer.name!r} contain NaN.")
+                if odd and not self._warned:
+                    self._warned = True
+                    warnings.warn(
+                        f"gradients of {layer.name!r} in step {step} are not finite: they count as 0.", stacklevel=4
+                    )
+            returned, squares = returned + int(numbers[0]), squares + numbers[-1]
+        return result, returned, packed, squares
 
     def _next_counts(self, sparsity: float) -> list[int]:
         """Active entries of each layer after an update: as they are, unless the sparsity changes."""
@@ -301,50 +348,32 @@ class DynamicSparsity:
             layer = self.layers[i]
             mask = self.masks[layer.name].to(layer.param.device)
             gradient = self._accumulated.get(layer.name)
+            gradient = None if gradient is None else gradient.float()
             keep = keep_scores(self.criterion, layer, mask, gradient, round((1 - total / sum(now)) * now[i]))
             return torch.where(mask, keep, -torch.inf)
 
         return global_counts(self.layers, total, scores)
 
-    def _gradient(self, layer: Layer, step: int) -> Tensor:
+    def _gradient(self, layer: Layer) -> Tensor:
         gradient = self._accumulated.pop(layer.name, None)
         if gradient is None:  # the layer took no part in this step
             return torch.zeros(layer.shape, device=layer.param.device)
-        finite = gradient.isfinite()
-        if not bool(finite.all()):
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"gradients of {layer.name!r} in step {step} are not finite: they count as 0.", stacklevel=4
-                )
-            gradient = gradient.where(finite, 0)
         return gradient
 
-    def _move(self, layer: Layer, mask: Tensor, gradient: Tensor | None, step: int, fraction: float,
-              after: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-        before = self.masks.count(layer.name)
-        swaps = self.pattern.swaps(layer, fraction, before, after)
-        if not swaps and before == after:
-            nothing = torch.zeros_like(mask)
-            return nothing, nothing
-        grow = None
-        if swaps or after > before:
-            if self.plan.growth == "random":
-                grow = random_scores(layer.shape, self.seed, step, layer.name).to(mask.device)
-            else:
-                assert gradient is not None
-                grow = gradient.abs()
-        keep = keep_scores(self.criterion, layer, mask, gradient, swaps + max(0, before - after))
-        return self.pattern.move(layer, mask, keep, grow, swaps, after)
-
-    def _write(self, layer: Layer, mask: Tensor, leaves: Tensor) -> None:
+    def _write(self, layer: Layer, bits: Tensor, gone: Tensor) -> None:
         """What becomes of the weights that leave, in place and through the version counter."""
         if self.target == "weights":
-            layer.param.masked_fill_(leaves, 0)
+            layer.param.masked_fill_(functional.unpack_mask(gone, layer.shape), 0)
         elif self.dropped == "rewind":
             assert self._optimizer is not None
             base = self._optimizer.state[layer.param]["base"]  # of the active entries, by flat index
+            mask, leaves = (functional.unpack_mask(part, layer.shape) for part in (bits, gone))
             layer.param[leaves] = base[leaves[mask]]
+
+    def _left_by_name(self) -> dict[str, Tensor]:
+        """Entries that were active once and then dropped, packed."""
+        now = {name: bits for group in self._groups for name, bits in group.by_name(group.left).items()}
+        return {name: now.get(name, bits) for name, bits in self._left.items()}
 
     # ---- saving and loading ----------------------------------------------------------------------------------------------
     def _settings(self) -> dict[str, Any]:
@@ -360,7 +389,7 @@ class DynamicSparsity:
             "settings": self._settings(),
             "history": [dict(record) for record in self.history],
             "masks": self.masks.fingerprint,
-            "left": {name: bits.clone() for name, bits in self._left.items()},
+            "left": {name: bits.to("cpu", copy=True) for name, bits in self._left_by_name().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -380,6 +409,6 @@ class DynamicSparsity:
                 f"the saved state and the model do not have the same sparse layers: {odd!r} is in one only."
             )
         checked = MaskSet(left, {name: self.masks.shapes[name] for name in left})
-        self._left = {name: checked.packed(name) for name in self._left}
+        self._left, self._groups, self._grouped = {name: checked.packed(name) for name in self._left}, [], None
         self.history = [dict(record) for record in state["history"]]
         self._resume_fingerprint = state["masks"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["POLICIES", "Plan", "SparsitySchedule", "check_sparsity", "random_scores"]
+__all__ = ["POLICIES", "Plan", "SparsitySchedule", "check_sparsity", "random_scores", "random_seed"]
 
 POLICIES = ("rigl", "set", "gradual", "static")
 SparsitySchedule = Callable[[int, int], float]
@@ -114,8 +114,12 @@ class Plan:
         return self.sparsity + (self.initial_sparsity - self.sparsity) * left
 
 
+def random_seed(seed: int, step: int, name: str) -> int:
+    """63 bits that depend on seed, step and name only."""
+    digest = hashlib.sha256(f"{int(seed)}:{step}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def random_scores(shape: tuple[int, ...], seed: int, step: int, name: str) -> Tensor:
     """fp32 uniform numbers that depend on seed, step, name and shape only; on the CPU, whatever the model is on."""
-    digest = hashlib.sha256(f"{int(seed)}:{step}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.rand(shape, generator=generator)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(random_seed(seed, step, name)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sparseopt as so
 from sparseopt.optim.dynamic.engine import DynamicSparsity
+from sparseopt.optim.dynamic.selection import Move, choose_together
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,3 +127,49 @@ def test_state_follows_as_on_the_cpu(master: Any, amsgrad: bool) -> None:
     with optimizer.base_weights():
         for name, param in model.named_parameters():
             assert torch.equal(param, before[name]), name
+
+
+def choose(policy: str, device: str) -> tuple[Any, DynamicSparsity]:
+    model = make_model().to(device)
+    engine = DynamicSparsity(model, total_steps=20, sparsity=0.8, policy=policy, interval=3, initial="random",
+                             watch_gradients=True)  # fmt: skip
+    optimizer = so.SparseAdamW(model.named_parameters(), masks=engine.masks, unmasked="dense")
+    optimizer.initialize_state()
+    engine.start(optimizer)
+    drawn = torch.Generator().manual_seed(7)
+    for step in (3, 6, 9, 12):
+        engine.begin_step(step)
+        for layer in engine.layers:
+            for _ in range(1 + (step == 6)):
+                engine._add(layer.name, torch.randn(layer.shape, generator=drawn).to(device, torch.bfloat16))
+        engine.update(step)
+    return optimizer, engine
+
+
+@pytest.mark.parametrize("policy", ["rigl", "set", "gradual"])
+def test_chooses_as_on_the_cpu(policy: str) -> None:
+    (_, one), (there, other) = choose(policy, "cpu"), choose(policy, DEVICE)
+    assert one.masks == other.masks
+    assert there.masks.select(other.masks.names) == other.masks
+    assert_same(other.state_dict()["left"], one.state_dict()["left"])
+    for mine, theirs in zip(one.history, other.history, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    for layer in other.layers:
+        assert not bool(layer.param.detach()[~other.masks[layer.name].to(DEVICE)].any())
+
+
+def test_an_update_waits_for_the_device_a_few_times() -> None:
+    """What is chosen takes one transfer, whatever the number of layers."""
+    _, engine = choose("rigl", DEVICE)
+    engine.begin_step(15)
+    for layer in engine.layers:
+        engine._add(layer.name, torch.randn(layer.shape).to(DEVICE, torch.bfloat16))
+    moves = [Move(engine.masks.count(layer.name), 9, engine.masks.count(layer.name)) for layer in engine.layers]
+    group = engine._groups[0]
+    gradients = [engine._accumulated[layer.name] for layer in group.layers]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        choose_together(group, gradients, moves, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
