@@ -81,6 +81,14 @@ class IndexPlan:
         rows = self.chunks[self.first_chunk[tensor] : self.first_chunk[tensor + 1]]
         return arena_positions(self.indices, rows, self.counts[tensor])
 
+    def compact_chunks(self) -> Tensor:
+        """``chunks`` for tensors that hold nothing but their active entries: the same rows, each one contiguous."""
+        rows = self.chunks.clone()
+        rows[:, 1] = rows[:, 2] - torch.tensor(self.starts, device=rows.device)[rows[:, 0]]
+        rows[:, 4] = 0  # offset 0
+        rows[:, 5] = CHUNK[self.indices.dtype].bit_length() - 1
+        return rows
+
     def to(self, device: torch.device) -> IndexPlan:
         if self.indices.device == device:
             return self
