@@ -1,4 +1,4 @@
-"""``sparse_linear``: finds the layers of a model that :mod:`sparseopt.optim.structured` can compute, and swaps their forwards."""
+"""``sparse_linear``: finds the layers of a model that :mod:`sparseopt.optim.structured` can compute, and swaps their classes."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ class SparseLinear:
     def remove(self) -> None:
         """Leaves the model as it was; between backward and step as well."""
         for use in self._uses:
-            if use.module.__dict__.get("forward") == _replacement(use):
-                del use.module.forward
-            structured.detach(use)
+            structured.restore(use)
         for param in self._thaw:
             structured.thaw(param)
         self._uses.clear()
@@ -110,7 +108,7 @@ class SparseLinear:
         module = owners[0][0]
         use = StructuredUse(module, name, *groups)
         structured.attach(param, use)
-        module.forward = _replacement(use)  # type: ignore[method-assign]
+        structured.swap(use)
         self._uses.append(use)
         self.layers[name] = groups[0]
 
@@ -143,10 +141,6 @@ def sparse_linear(model: nn.Module, masks: MaskSet | Mapping[str, Tensor]) -> Sp
     return SparseLinear(model, masks)
 
 
-def _replacement(use: StructuredUse) -> Any:
-    return use.conv1d_forward if use.conv1d else use.linear
-
-
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
     """id(parameter) -> every (module, its name, attribute) that holds it."""
     found: dict[int, list[tuple[nn.Module, str, str]]] = {}
@@ -164,6 +158,8 @@ def _unfit(param: Tensor, owners: list[tuple[nn.Module, str, str]]) -> str | Non
         return f"{' and '.join(other for _, other, _ in owners)} share it"
     if param.dim() > 2:
         return f"{name} ({type(module).__name__}) holds it in {param.dim()} dimensions"
+    if structured.is_structured(module):
+        return f"{name} is structured already"
     if attribute != "weight" or module_kind(module) not in ("Linear", "Conv1D"):
         return f"{name} ({type(module).__name__}) is not an nn.Linear or Conv1D with its own forward"
     if "forward" in module.__dict__:

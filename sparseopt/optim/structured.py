@@ -14,6 +14,7 @@ would tie the graph to a buffer that is freed between steps. A hook of the leaf 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,12 @@ __all__ = [
     "StructuredUse",
     "attach",
     "connect",
-    "detach",
     "disconnect",
     "follow",
     "freeze",
+    "is_structured",
+    "restore",
+    "swap",
     "thaw",
     "use_of",
     "watch",
@@ -95,7 +98,7 @@ class _Linear(torch.autograd.Function):
 
 
 class StructuredUse:
-    """The layer of one weight; ``linear`` or ``conv1d`` stands in for the module's own forward.
+    """The layer of one weight, while its module is of a class made by :func:`swap`.
 
     Attributes:
         module: it holds the weight, and nobody else does.
@@ -108,7 +111,6 @@ class StructuredUse:
     def __init__(self, module: Any, name: str, kind: str, index: Tensor) -> None:
         self.module, self.name = module, name
         self.conv1d = not isinstance(module, nn.Linear)
-        self.own = type(module).forward
         self.paused = False
         self.kind: str | None
         self.leaf: Tensor | None = None
@@ -116,9 +118,8 @@ class StructuredUse:
 
     def set(self, kind: str | None, index: Tensor) -> None:
         """Takes over another mask."""
-        self.kind, self.index = kind, index.cpu()
+        self.kind, self.index, self.leaf = kind, index.cpu(), None
         self.by_input = (kind == "column") != self.conv1d
-        self.leaf = None
         if kind is not None:
             self.place()
 
@@ -141,25 +142,64 @@ class StructuredUse:
         self.leaf = leaf
         return leaf
 
-    # Both are traced by torch.compile; nothing in them may depend on more than this layer.
-    def linear(self, input: Tensor) -> Tensor:
-        return self._run(input)
 
-    def conv1d_forward(self, x: Tensor) -> Tensor:
-        return self._run(x)
+# ---- modules ---------------------------------------------------------------------------------------------------------
+# A class of its own for the time being, rather than a forward in the module's dictionary: torch.compile takes what hangs
+# on modules of torch's own classes for constant, and would compile each layer anew whose rows or columns are of another number.
+def _forward(module: Any, x: Tensor) -> Tensor:
+    use = module._structured
+    leaf, weight = use.leaf, module.weight
+    if leaf is None or use.paused or not torch.is_grad_enabled() or not weight.requires_grad:
+        return module._own.forward(module, x)
+    if leaf.device != weight.device or leaf.dtype != weight.dtype:
+        leaf = use.place()
+    return _Linear.apply(x, weight, module.bias, leaf, use.where, use.by_input, use.conv1d)
 
-    def _run(self, x: Tensor) -> Tensor:
-        module, leaf = self.module, self.leaf
-        weight = module.weight
-        if leaf is None or self.paused or not torch.is_grad_enabled() or not weight.requires_grad:
-            return self.own(module, x)
-        if leaf.device != weight.device or leaf.dtype != weight.dtype:
-            leaf = self.place()
-        return _Linear.apply(x, weight, module.bias, leaf, self.where, self.by_input, self.conv1d)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle of the model computes as the model's own classes do."""
-        return {**vars(self), "leaf": None, "kind": None, "where": None}
+class _Structured:
+    """What classes made by :func:`swap` have beside their own; copies and pickles are of their own class."""
+
+    _own: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, arguments, state, *rest = super().__reduce_ex__(protocol)
+        state = {key: value for key, value in state.items() if key != "_structured"}
+        return (make, tuple(self._own if a is type(self) else a for a in arguments), state, *rest)
+
+
+class _OfLinear(_Structured):
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+
+class _OfConv1D(_Structured):
+    def forward(self, x: Tensor) -> Tensor:
+        return _forward(self, x)
+
+
+@functools.cache
+def _class_of(own: type, conv1d: bool) -> type:
+    bases = (_OfConv1D if conv1d else _OfLinear, own)
+    return type(own.__name__, bases, {"__module__": __name__, "__doc__": own.__doc__, "_own": own})
+
+
+def swap(use: StructuredUse) -> None:
+    """The module computes through ``use`` from now on."""
+    use.module.__class__ = _class_of(type(use.module), use.conv1d)
+    use.module._structured = use
+
+
+def restore(use: StructuredUse) -> None:
+    """The end of :func:`swap`."""
+    module = use.module
+    if module.__dict__.get("_structured") is use:
+        del module._structured
+        module.__class__ = module._own
+    use.kind = use.leaf = None
+
+
+def is_structured(module: nn.Module) -> bool:
+    return isinstance(module, _Structured)
 
 
 class _Deliver:
@@ -238,11 +278,6 @@ def attach(param: Tensor, use: StructuredUse) -> None:
         known, packed = link.slot.mask(param)
         if known:
             follow(param, packed, False, use.name)
-
-
-def detach(use: StructuredUse) -> None:
-    """The layer computes whole gradients again."""
-    use.kind = use.leaf = None
 
 
 def freeze(param: Tensor) -> None:
