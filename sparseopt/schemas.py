@@ -43,7 +43,7 @@ _MASK = {
     ),
     "sparsity": Setting(0.975, float, "share of inactive entries of a mask that is found"),
     "scope": Setting("global", str, "budget over all parameters or for each", ("global", "per_tensor")),
-    "granularity": Setting("1", str, "unit of the mask", ("1", "8", "16", "32", "row", "column")),
+    "granularity": Setting("1", str, "unit of the mask", ("1", "8", "16", "32", "row", "column", "auto")),
     "batches": Setting(8, int, "batches of real gradients that score the weights"),
     "include": Setting([], list, "only parameters whose names match one of these patterns"),
     "exclude": Setting(
@@ -90,6 +90,9 @@ _OPTIMIZER = {
     "weight_decay": Setting(0.0, float, "decoupled weight decay, of active entries only under a mask"),
     "max_grad_norm": Setting(1.0, float, "clips the gradient norm (over active entries under a mask); 0: never"),
     "capture_gradients": Setting(True, bool, "gather gradients during backward and free the dense ones"),
+    "structured": Setting(
+        "auto", str, "under a mask of whole rows or columns: compute only what trains", ("auto", "off")
+    ),
     "master_weights": Setting(True, bool, "keep 16-bit weights at higher precision in the optimizer"),
 }
 _DELTA_LOG = {
@@ -293,6 +296,7 @@ FLAGS = {
     "mlp_only": "mask.mlp_only",
     "lora": "lora.enabled",
     "learning_rate": "optimizer.learning_rate",
+    "structured": "optimizer.structured",
     "n_steps": "training.n_steps",
     "batch_size": "training.batch_size",
     "seed": "training.seed",

@@ -73,6 +73,12 @@ def _method(name: str) -> Callable[..., None]:
         mlp_only: Annotated[
             bool, typer.Option("--mlp_only", help="Train the mask's MLP entries only (mask.mlp_only).")
         ] = False,
+        structured: Annotated[
+            str | None,
+            typer.Option(
+                "--structured", help="auto or off: spare work under masks of rows or columns (optimizer.structured)."
+            ),
+        ] = None,
         lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter instead (lora.enabled).")] = False,
         n_steps: Annotated[int | None, typer.Option("--n_steps", help="Optimizer steps (training.n_steps).")] = None,
         batch_size: Annotated[
@@ -126,6 +132,7 @@ def _method(name: str) -> Callable[..., None]:
             "mask": mask,
             "sparsity": sparsity,
             "mlp_only": mlp_only or None,
+            "structured": structured,
             "lora": lora or None,
             "n_steps": n_steps,
             "batch_size": batch_size,

@@ -115,10 +115,13 @@ def whole_groups(packed: Tensor, shape: Sequence[int]) -> tuple[str, Tensor] | N
     return "column", (functional.unpack_mask(bits[0], columns) if whole else bits[0]).nonzero().view(-1)
 
 
-def pick_structures(structures: Sequence[Structure], budget: int, minimum: Sequence[int]) -> list[Picked]:
+def pick_structures(
+    structures: Sequence[Structure], budget: int, minimum: Sequence[int], by_mean: bool = False
+) -> list[Picked]:
     """The best rows or columns of several tensors: at most ``budget`` entries, and nothing more would fit.
 
-    Ties go to the earlier tensor, then to the lower index. ``minimum`` is in entries, filled first.
+    Ties go to the earlier tensor, then to the lower index. ``minimum`` is in entries, filled first. ``by_mean`` orders by
+    score per entry instead of per group.
     """
     chosen = [np.zeros(s.count, dtype=np.bool_) for s in structures]
     least = [min(-(-m // s.size), s.count) if s.size else 0 for m, s in zip(minimum, structures, strict=True)]
@@ -131,7 +134,8 @@ def pick_structures(structures: Sequence[Structure], budget: int, minimum: Seque
     sums = np.concatenate([s.sums for s in structures])
     sizes = np.concatenate([np.full(s.count, s.size, dtype=np.int64) for s in structures])
     flat = np.concatenate(chosen)
-    order = np.argsort(-sums, kind="stable")
+    ranked = sums / np.maximum(sizes, 1) if by_mean else sums
+    order = np.argsort(-ranked, kind="stable")
     order = order[~flat[order]]
     picked: list[npt.NDArray[np.intp]] = []
     while True:
@@ -146,9 +150,9 @@ def pick_structures(structures: Sequence[Structure], budget: int, minimum: Seque
     flat[rest] = True
     tied = np.zeros_like(flat)
     if rest.size:
-        lowest = sums[rest].min()
-        if (sums[~flat] == lowest).any():
-            tied[rest] = sums[rest] == lowest
+        lowest = ranked[rest].min()
+        if (ranked[~flat] == lowest).any():
+            tied[rest] = ranked[rest] == lowest
 
     results = []
     position = 0
