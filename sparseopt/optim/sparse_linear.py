@@ -83,8 +83,12 @@ class SparseLinear:
                 raise ValueError(
                     f"the mask of {name!r} has shape {masks.shapes[name]}, the parameter {tuple(param.shape)}."
                 )
-        for name in masks.names:
-            self._take(name, aliases[name], masks, owners[id(aliases[name])])
+        try:
+            for name in masks.names:
+                self._take(name, aliases[name], masks, owners[id(aliases[name])])
+        except BaseException:
+            self.remove()  # nothing stays changed
+            raise
 
     def _take(self, name: str, param: Any, masks: MaskSet, owners: list[tuple[nn.Module, str, str]]) -> None:
         active = masks.count(name)

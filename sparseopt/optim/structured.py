@@ -14,6 +14,7 @@ would tie the graph to a buffer that is freed between steps. A hook of the leaf 
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -162,9 +163,8 @@ class _Structured:
     _own: type
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, state, *rest = super().__reduce_ex__(protocol)
-        state = {key: value for key, value in state.items() if key != "_structured"}
-        return (make, tuple(self._own if a is type(self) else a for a in arguments), state, *rest)
+        state = {key: value for key, value in vars(self).items() if key != "_structured"}
+        return copyreg._reconstructor, (self._own, object, None), state  # type: ignore[attr-defined]
 
 
 class _OfLinear(_Structured):

@@ -111,7 +111,7 @@ def test_losses(workload: str) -> None:
 @pytest.mark.parametrize("arm", [SPARSE, Arm("sparse@5%/runs16", 0.05, 16)], ids=lambda arm: arm.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_small_check_passes(arm: Arm, dtype: torch.dtype) -> None:
-    train_arms.check_small(arm, build_shape("tiny", device="cpu", dtype=dtype), "lm", compiled=False)
+    train_arms.check_small(arm, build_shape("tiny", device="cpu", dtype=dtype), "lm", mode="eager")
 
 
 def test_small_check_finds_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_small_check_finds_another_result(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(so.SparseAdamW, "step", forgetful)
     with pytest.raises(CheckError, match="differs from dense AdamW"):
-        train_arms.check_small(SPARSE, build_shape("tiny", device="cpu"), "lm", compiled=False)
+        train_arms.check_small(SPARSE, build_shape("tiny", device="cpu"), "lm", mode="eager")
 
 
 @pytest.mark.parametrize("where", ["embedding", "inactive"])

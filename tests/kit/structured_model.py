@@ -40,10 +40,11 @@ class Model(nn.Module):
         if self.checkpointing == "reentrant" and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # as enable_input_require_grads does
         for block in [self.blocks[0]] * 3 if self.shared else self.blocks:
-            if self.checkpointing is None:
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
+            x = (
+                block(x)
+                if self.checkpointing is None
+                else checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
+            )
         return self.head(x)
 
 

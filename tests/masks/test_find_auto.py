@@ -22,7 +22,13 @@ def scores() -> dict[str, Tensor]:
     by_row[[5, 60]] += 1
     generator = torch.Generator().manual_seed(3)
     single.view(-1)[torch.randperm(single.numel(), generator=generator)[:256]] += 1  # spread over rows and columns
-    return {"a.weight": by_column, "b.weight": by_row, "c.weight": single, "c.bias": noise(40), "d.weight": noise(3, 4, 5)}
+    return {
+        "a.weight": by_column,
+        "b.weight": by_row,
+        "c.weight": single,
+        "c.bias": noise(40),
+        "d.weight": noise(3, 4, 5),
+    }
 
 
 def test_each_tensor_gets_what_its_scores_are_made_of() -> None:
@@ -30,8 +36,10 @@ def test_each_tensor_gets_what_its_scores_are_made_of() -> None:
     chosen = masks.metadata["granularities"]
     assert chosen == {"a.weight": "column", "b.weight": "row", "c.weight": 1, "c.bias": 1, "d.weight": 1}
     assert masks.metadata["granularity"] == "auto"
-    assert masks["a.weight"][:, [3, 40]].all() and masks["b.weight"][[5, 60]].all()
-    assert (masks["a.weight"] == masks["a.weight"][:1]).all() and (masks["b.weight"] == masks["b.weight"][:, :1]).all()
+    assert masks["a.weight"][:, [3, 40]].all()
+    assert masks["b.weight"][[5, 60]].all()
+    assert (masks["a.weight"] == masks["a.weight"][:1]).all()
+    assert (masks["b.weight"] == masks["b.weight"][:, :1]).all()
     assert masks.metadata["kept_score"] > so.find_masks(scores(), 0.97, granularity="row").metadata["kept_score"]
 
 
@@ -93,7 +101,8 @@ def test_infinite_and_zero_scores() -> None:
     values = noise(16, 16)
     values[2, 3] = float("inf")
     masks = so.find_masks({"w": values}, 0.9, granularity="auto")
-    assert masks.metadata["granularities"]["w"] == 1 and masks["w"][2, 3]
+    assert masks.metadata["granularities"]["w"] == 1
+    assert masks["w"][2, 3]
     with pytest.warns(UserWarning, match="score zero"):
         empty = so.find_masks({"w": torch.zeros(16, 16)}, 0.5, granularity="auto", allow_zero_scores=True)
     assert empty.active_parameters == 128
