@@ -90,9 +90,7 @@ _OPTIMIZER = {
     "weight_decay": Setting(0.0, float, "decoupled weight decay, of active entries only under a mask"),
     "max_grad_norm": Setting(1.0, float, "clips the gradient norm (over active entries under a mask); 0: never"),
     "capture_gradients": Setting(True, bool, "gather gradients during backward and free the dense ones"),
-    "structured": Setting(
-        "auto", str, "under a mask of whole rows or columns: compute only what trains", ("auto", "off")
-    ),
+    "structured": Setting(True, bool, "layers whose mask is whole rows or columns compute only what trains"),
     "master_weights": Setting(True, bool, "keep 16-bit weights at higher precision in the optimizer"),
 }
 _DELTA_LOG = {

@@ -76,7 +76,9 @@ def _method(name: str) -> Callable[..., None]:
         structured: Annotated[
             str | None,
             typer.Option(
-                "--structured", help="auto or off: spare work under masks of rows or columns (optimizer.structured)."
+                "--structured",
+                metavar="auto|off",
+                help="Spare work under masks of rows or columns (optimizer.structured).",
             ),
         ] = None,
         lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter instead (lora.enabled).")] = False,
@@ -124,6 +126,8 @@ def _method(name: str) -> Callable[..., None]:
         json: JsonFlag = False,
         debug: DebugFlag = False,
     ) -> None:
+        if structured not in (None, "auto", "off"):
+            raise typer.BadParameter(f"--structured must be auto or off, got {structured!r}.")
         flags: dict[str, Any] = {
             "model_name": model_name,
             "checkpoint": checkpoint,
@@ -132,7 +136,7 @@ def _method(name: str) -> Callable[..., None]:
             "mask": mask,
             "sparsity": sparsity,
             "mlp_only": mlp_only or None,
-            "structured": structured,
+            "structured": None if structured is None else structured == "auto",
             "lora": lora or None,
             "n_steps": n_steps,
             "batch_size": batch_size,
