@@ -70,31 +70,34 @@ class _Linear(torch.autograd.Function):
         else:
             y = F.linear(x, weight, bias)
         kept = x.index_select(-1, index) if by_input else x
+        if kept.dtype != y.dtype:  # under autocast, whose dtype F.linear keeps its input in
+            kept = kept.to(y.dtype)
         ctx.conv1d, ctx.dtype, ctx.shape = conv1d, x.dtype, leaf.shape
-        # Under autocast the product's inputs are kept in its dtype, as F.linear does.
-        ctx.save_for_backward(
-            weight if ctx.needs_input_grad[0] else None, kept.to(y.dtype), None if by_input else index
-        )
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, kept, None if by_input else index)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # The host's time counts where a GPU is fast: nothing is called that need not be.
         weight, kept, index = ctx.saved_tensors
+        needs = ctx.needs_input_grad
         outputs = grad.reshape(-1, grad.shape[-1])
-        inputs = kept.reshape(-1, kept.shape[-1])
         dx = bias = part = None
-        if ctx.needs_input_grad[0]:
-            matrix = weight.to(grad.dtype)
-            dx = (outputs @ (matrix.t() if ctx.conv1d else matrix)).to(ctx.dtype)
+        if needs[0]:
+            matrix = weight if weight.dtype == grad.dtype else weight.to(grad.dtype)
+            dx = outputs @ (matrix.t() if ctx.conv1d else matrix)
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
-        if ctx.needs_input_grad[2]:
+            if dx.dtype != ctx.dtype:
+                dx = dx.to(ctx.dtype)
+        if needs[2]:
             bias = outputs.sum(0)
-        if ctx.needs_input_grad[3]:
+        if needs[3]:
+            inputs = kept.reshape(-1, kept.shape[-1])
             if index is not None:
                 outputs = outputs.index_select(1, index)
             part = inputs.t() @ outputs if ctx.conv1d else outputs.t() @ inputs
-            rows, columns = ctx.shape
-            part = part[:rows, :columns].contiguous()
+            if part.shape != ctx.shape:  # indices were filled up
+                part = part[: ctx.shape[0], : ctx.shape[1]].contiguous()
         return dx, None, bias, part, None, None, None
 
 
@@ -139,7 +142,7 @@ class StructuredUse:
         shape = (count, columns) if self.kind == "row" else (rows, count)
         # One number, and no view of it: nobody reads the values.
         leaf = torch.empty_strided(shape, (0, 0), dtype=weight.dtype, device=weight.device).requires_grad_()
-        leaf.register_post_accumulate_grad_hook(_Deliver(weight))
+        leaf.register_post_accumulate_grad_hook(_Deliver(weight, _link(weight)))
         self.leaf = leaf
         return leaf
 
@@ -205,15 +208,15 @@ def is_structured(module: nn.Module) -> bool:
 class _Deliver:
     """The hook of a leaf: owned by it, so it must not hold the parameter."""
 
-    def __init__(self, param: Tensor) -> None:
-        self.param = weakref.ref(param)
+    def __init__(self, param: Tensor, link: _Link) -> None:
+        self.param, self.link = weakref.ref(param), link
 
     def __call__(self, leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
         param = self.param()
         if gradient is None or param is None:
             return
-        link = _links[param]
+        link = self.link
         use = link.use() if link.use is not None else None
         if use is None or use.leaf is not leaf:
             raise RuntimeError(
