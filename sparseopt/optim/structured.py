@@ -15,7 +15,6 @@ would tie the graph to a buffer that is freed between steps. A hook of the leaf 
 from __future__ import annotations
 
 import copyreg
-import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The host's time counts where a GPU is fast: nothing is called that need not be.
         weight, kept, index = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -180,10 +179,15 @@ class _OfConv1D(_Structured):
         return _forward(self, x)
 
 
-@functools.cache
+_classes: dict[type, type] = {}
+
+
 def _class_of(own: type, conv1d: bool) -> type:
-    bases = (_OfConv1D if conv1d else _OfLinear, own)
-    return type(own.__name__, bases, {"__module__": __name__, "__doc__": own.__doc__, "_own": own})
+    if own not in _classes:
+        bases = (_OfConv1D if conv1d else _OfLinear, own)
+        content = {"__module__": __name__, "__doc__": own.__doc__, "_own": own}
+        _classes[own] = type(own.__name__, bases, content)
+    return _classes[own]
 
 
 def swap(use: StructuredUse) -> None:
