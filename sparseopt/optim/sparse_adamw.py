@@ -226,9 +226,9 @@ class SparseAdamW(Optimizer):
         self.state.clear()
         for param, (arena, t) in slots.items():
             self.state[param] = arena.state(t)
+        for name, param, _ in layout:
+            structured.follow(param, masks[name], self.adopt_masks or name in self._changing, name)
         if self._capture is not None:
-            for name, param, _ in layout:
-                structured.follow(param, masks[name], self.adopt_masks or name in self._changing, name)
             self._capture.arm()
             self._capture.restore(pending)
 
