@@ -267,7 +267,7 @@ CHAIN: Schema = {
         "methods": Setting(_MASK_METHODS, list, "mask methods to compare"),
         "train_with": Setting("fisher", str, "the method whose mask the sparse runs train under"),
         "sparsity": Setting(0.975, float, "share of inactive entries"),
-        "granularity": Setting("1", str, "unit of the masks", ("1", "8", "16", "32", "row", "column")),
+        "granularity": Setting("1", str, "unit of the masks", ("1", "8", "16", "32", "row", "column", "auto")),
         "exclude": Setting(["embed_tokens"], list, "no parameters whose names match one of these patterns"),
         "gradient_batches": Setting(8, int, "batches of real gradients behind the method gradient"),
         "grpo_after_dpo": Setting(True, bool, "GRPO goes on from the DPO run of its kind, else from the model"),
