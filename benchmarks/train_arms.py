@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ __all__ = [
     "build",
     "check_small",
     "compile_layers",
+    "compile_model",
     "fit_masks",
     "random_masks",
 ]
@@ -46,6 +48,14 @@ def compile_layers(model: nn.Module) -> None:
         raise Unavailable("no list of layers to compile")
     for layer in max(lists, key=len):
         layer.compile()
+
+
+def compile_model(model: nn.Module, mode: str) -> None:
+    """Compiles layer by layer in mode "compiled", in one piece in mode "whole", nothing in mode "eager"."""
+    if mode == "compiled":
+        compile_layers(model)
+    elif mode == "whole":
+        model.compile()
 
 
 # ---- the arms --------------------------------------------------------------------------------------------------------
@@ -137,7 +147,7 @@ def build(
     if arm.sparse:
         if masks is None:
             assert arm.density is not None
-            masks = random_masks(model, arm.density, arm.run, seed)
+            masks = random_masks(model, arm.density, arm.run, seed, arm.structure)
         return _build_sparse(arm, model, masks, master, lr)
     if arm.name in ("lora", "lora-bf16"):
         model = _wrap_lora(model, seed, fp32=arm.name == "lora")
@@ -167,11 +177,11 @@ def _wrap_lora(model: nn.Module, seed: int, fp32: bool) -> nn.Module:
     return peft.get_peft_model(pretrained, peft.LoraConfig(**options), autocast_adapter_dtype=fp32)
 
 
-def random_masks(model: Any, density: float, run: int = 1, seed: int = 0) -> so.MaskSet:
-    """Uniformly random masks, in aligned runs, of every parameter but embeddings and the head (as LoRA leaves them).
+def random_masks(model: Any, density: float, run: int = 1, seed: int = 0, structure: str | None = None) -> so.MaskSet:
+    """Uniformly random masks of every parameter but embeddings and the head (as LoRA leaves them).
 
-    They are drawn on the model's device, where billions of entries take a moment: each group is active with
-    probability ``density``.
+    They are drawn on the model's device, where billions of entries take a moment: each aligned run is active with
+    probability ``density``. With a ``structure`` that share of the rows or columns of each matrix is, and no vector.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     left = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -182,10 +192,25 @@ def random_masks(model: Any, density: float, run: int = 1, seed: int = 0) -> so.
             continue
         n = param.numel()
         generator = torch.Generator(param.device).manual_seed(1_000_003 * seed + number)
+        shapes[name] = tuple(param.shape)
+        if structure is not None:
+            packed[name] = so.pack_mask(_groups(param, density, structure, generator)).cpu()
+            continue
         chosen = torch.rand(-(-n // run), generator=generator, device=param.device) < density
         mask = chosen.repeat_interleave(run)[:n] if run > 1 else chosen
-        packed[name], shapes[name] = so.pack_mask(mask).cpu(), tuple(param.shape)
-    return so.MaskSet(packed, shapes, {"method": "random", "seed": seed, "granularity": run}, copy_bits=False)
+        packed[name] = so.pack_mask(mask).cpu()
+    described = {"method": "random", "seed": seed, "granularity": structure or run}
+    return so.MaskSet(packed, shapes, described, copy_bits=False)
+
+
+def _groups(param: Tensor, density: float, structure: str, generator: torch.Generator) -> Tensor:
+    mask = torch.zeros(param.shape, dtype=torch.bool, device=param.device)
+    if param.dim() == 2:
+        dim = 0 if structure == "row" else 1
+        size = param.shape[dim]
+        chosen = torch.randperm(size, generator=generator, device=param.device)[: max(1, round(density * size))]
+        mask.index_fill_(dim, chosen, True)
+    return mask
 
 
 def fit_masks(model: nn.Module, masks: so.MaskSet, source: str) -> so.MaskSet:
@@ -226,6 +251,8 @@ def _build_sparse(arm: Arm, model: nn.Module, masks: so.MaskSet, master: str, lr
         model.named_parameters(), lr=lr, masks=masks, unmasked="freeze", max_grad_norm=CLIP, capture_gradients=True,
         **options,
     )  # fmt: skip
+    if arm.structure or arm.density is None:
+        so.sparse_linear(model, masks)
     frozen = next((p for p in model.parameters() if not p.requires_grad), None)
     matrices = [name for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1]
     if not matrices:
@@ -246,27 +273,29 @@ def bits(values: Tensor) -> Tensor:
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
-def check_small(arm: Arm, model: nn.Module, workload: str, *, compiled: bool, master: str = "residual") -> None:
+def check_small(arm: Arm, model: nn.Module, workload: str, *, mode: str, master: str = "residual") -> None:
     """Three steps of a small model against dense AdamW on the fp32 values of the active entries.
 
     Both are given the same gradients, of two micro-batches a step. Active entries must agree within one unit in the last
-    place of the model's dtype, frozen ones be bit-identical.
+    place of the model's dtype, frozen ones be bit-identical. Where only a part of the gradients is computed, that part is
+    compared with the one of a copy that computes all of them.
 
     Args:
         arm: a sparse arm.
         model: small, with random weights.
         workload: as in :func:`~sparseopt.benchmarks.train_work.make_loss`.
-        compiled: compile its layers.
+        mode: "eager", "compiled" or "whole".
         master: as in :func:`build`.
 
     Raises:
         CheckError: they differ.
     """
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses = make_loss(workload, model, batch=2, sequence=32, accumulation=2)
+    whole = copy.deepcopy(model) if arm.structure else None
+    whole_losses = [] if whole is None else make_loss(workload, whole, batch=2, sequence=32, accumulation=2)
     built = build(arm, model, master=master, lr=1e-3)
-    if compiled:
-        compile_layers(model)
+    losses = make_loss(workload, model, batch=2, sequence=32, accumulation=2)
+    compile_model(model, mode)
     assert isinstance(built.optimizer, so.SparseAdamW)
     masks = built.optimizer.masks
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -282,10 +311,17 @@ def check_small(arm: Arm, model: nn.Module, workload: str, *, compiled: bool, ma
 
         return hook
 
-    hooks = [param.register_hook(keep(name)) for name, param in trained.items()]
+    hooks = [param.register_hook(keep(name)) for name, param in trained.items()] if whole is None else []
     for _ in range(3):
         for loss in losses:
             loss().backward()
+        if whole is not None:
+            gradients = _captured(built.optimizer)
+            if set(gradients) != set(trained):
+                raise CheckError(f"{arm.name}: not every trained parameter of the small model got a gradient")
+            _compare_gradients(arm.name, gradients, whole, whole_losses, model, active)
+            for name, values in gradients.items():
+                alone[name].grad = values
         nn.utils.clip_grad_norm_(list(alone.values()), CLIP)
         built.update()
         dense.step()
@@ -293,6 +329,40 @@ def check_small(arm: Arm, model: nn.Module, workload: str, *, compiled: bool, ma
     for hook in hooks:
         hook.remove()
     compare(arm.name, dict(model.named_parameters()), start, active, {n: p.detach() for n, p in alone.items()})
+
+
+def _captured(optimizer: so.SparseAdamW) -> dict[str, Tensor]:
+    assert optimizer._capture is not None
+    return {name: values.clone() for name, values in optimizer._capture.pending().items()}
+
+
+def _compare_gradients(
+    arm: str,
+    gradients: dict[str, Tensor],
+    whole: nn.Module,
+    losses: list[Callable[[], Tensor]],
+    model: nn.Module,
+    active: dict[str, Tensor],
+) -> None:
+    """Raises CheckError unless the parts are those of the gradients of ``whole``, which is given the model's weights."""
+    with torch.no_grad():
+        for (_, copied), param in zip(whole.named_parameters(), model.parameters(), strict=True):
+            copied.copy_(param)
+    whole.zero_grad()
+    for loss in losses:
+        loss().backward()
+    for name, part in gradients.items():
+        expected = whole.get_parameter(name).grad
+        if expected is None:
+            raise CheckError(f"{arm}: {name!r} of the small model has no gradient to compare with")
+        rest = (part - expected[active[name]].float()).norm() / expected.float().norm().clamp(min=1e-30)
+        limit = (
+            3e-2 if expected.dtype == torch.bfloat16 else 1e-4
+        )  # rounding of activations, in compiled code elsewhere
+        if not bool(rest <= limit):
+            raise CheckError(
+                f"{arm}: the gradient of {name!r} of the small model differs by {float(rest):.2g} of its norm"
+            )
 
 
 def compare(

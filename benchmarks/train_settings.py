@@ -32,7 +32,8 @@ NUM_GENERATIONS, MAX_COMPLETION_LENGTH = 8, 256
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a name of ``DENSE``, or ``sparse@DENSITY`` with ``/runsN`` for masks of aligned runs.
+    """One way to train: a name of ``DENSE``, or ``sparse@DENSITY`` with ``/runsN`` for masks of aligned runs, ``/rows`` or
+    ``/columns`` for whole ones of the matrices, of which only what trains is computed.
 
     ``sparse@mask`` has no density of its own: its mask comes from a file.
     """
@@ -40,6 +41,7 @@ class Arm:
     name: str
     density: float | None = None
     run: int = 1
+    structure: str | None = None  # "row" or "column"
 
     @property
     def sparse(self) -> bool:
@@ -58,7 +60,7 @@ def parse_density(text: str) -> float:
 
 
 def parse_arms(names: Sequence[str], densities: Sequence[str], mask: str | None = None) -> list[Arm]:
-    """Arms by name; ``sparse`` and ``sparse/runsN`` stand for one arm of each density.
+    """Arms by name; ``sparse``, ``sparse/runsN``, ``sparse/rows`` and ``sparse/columns`` stand for one of each density.
 
     Args:
         names: as on the command line.
@@ -70,18 +72,22 @@ def parse_arms(names: Sequence[str], densities: Sequence[str], mask: str | None 
     """
     arms: list[Arm] = []
     for name in [*names, MASK_ARM] if mask and names else names:
-        match = re.fullmatch(r"sparse(?:@([^/]+))?(?:/runs([1-9]\d*))?", name)
+        match = re.fullmatch(r"sparse(?:@([^/]+))?(/(?:runs([1-9]\d*)|rows|columns))?", name)
         if name == MASK_ARM and mask is None:
             raise ValueError(f"the arm {MASK_ARM} needs --mask FILE.")
         if name in (*DENSE, MASK_ARM):
             arms.append(Arm(name))
         elif match is not None:
-            run = int(match[2] or 1)
+            unit, run = match[2] or "", int(match[3] or 1)
+            structure = {"/rows": "row", "/columns": "column"}.get(unit)
+            unit = unit if structure or run > 1 else ""
             for text in [match[1]] if match[1] else densities:
                 density = parse_density(text)
-                arms.append(Arm(f"sparse@{100 * density:g}%" + (f"/runs{run}" if run > 1 else ""), density, run))
+                arms.append(Arm(f"sparse@{100 * density:g}%{unit}", density, run, structure))
         else:
-            choices = ", ".join((*DENSE, "sparse", "sparse/runs16", "sparse@2.5%", "sparse@2.5%/runs16", MASK_ARM))
+            choices = ", ".join(
+                (*DENSE, "sparse", "sparse/runs16", "sparse/columns", "sparse/rows", "sparse@2.5%/columns", MASK_ARM)
+            )
             raise ValueError(f"unknown arm {name!r}: expected some of {choices}.")
     return list(dict.fromkeys(arms))
 
@@ -238,7 +244,10 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> tu
         "--warmup", type=positive, default=5, help="untimed steps before them in each pass (%(default)s)"
     )
     parser.add_argument("--passes", type=positive, default=2, help="turns over all arms (%(default)s)")
-    parser.add_argument("--mode", choices=("eager", "compiled", "both"), help="eager unless --compile is given")
+    parser.add_argument(
+        "--mode", choices=("eager", "compiled", "whole", "both"), help="eager unless --compile is given; compiled: each "
+        "decoder layer by itself, whole: the model in one piece",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile each decoder layer: --mode compiled")
     parser.add_argument(*_spellings("--gradient_checkpointing"), action="store_true")
     parser.add_argument(

@@ -122,8 +122,7 @@ def measure(
         _checkpoint(model)
     built.model.train()
     losses = _losses(settings, built.model, work)
-    if mode == "compiled":  # from here on: the reference of DPO needs no graph of its own
-        train_arms.compile_layers(model)
+    train_arms.compile_model(model, mode)  # from here on: the reference of DPO needs no graph of its own
     for number in range(settings.warmup):
         if number == 1:
             # What set-up, compilation and the first allocation of the state left behind is not the step's memory.
@@ -209,8 +208,7 @@ def _check(settings: Settings, mode: str, device: torch.device, masks: so.MaskSe
         if arm.sparse:
             small = build_shape("tiny", device=device, dtype=getattr(torch, settings.dtype))
             stand_in = arm if arm.density is not None else Arm(arm.name, max(0.01, masks.density if masks else 1.0))
-            compiled = mode == "compiled"
-            train_arms.check_small(stand_in, small, settings.workload, compiled=compiled, master=settings.master)
+            train_arms.check_small(stand_in, small, settings.workload, mode=mode, master=settings.master)
 
 
 def _prepare(settings: Settings, device: torch.device, masks: so.MaskSet | None) -> Given:
@@ -221,7 +219,7 @@ def _prepare(settings: Settings, device: torch.device, masks: so.MaskSet | None)
     if masks is not None:
         assert settings.mask is not None
         masks = train_arms.fit_masks(model, masks, settings.mask)
-    work = prepare(settings, model, device, fixed="compiled" in settings.modes) if settings.data else None
+    work = prepare(settings, model, device, fixed=settings.modes != ("eager",)) if settings.data else None
     return Given(work, masks)
 
 
@@ -291,7 +289,7 @@ def _passes(settings: Settings, mode: str, device: torch.device, arms: dict[str,
                 if why:
                     arms[arm.name] = {"unavailable": why}
                 # Only here, outside of `except`, nothing refers to the arm any more.
-                if mode == "compiled":
+                if mode != "eager":
                     torch._dynamo.reset()
                 _release(device)
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sparseopt.masks.operations import compare as compare
     from sparseopt.masks.operations import merge as merge
     from sparseopt.optim.sparse_adamw import SparseAdamW as SparseAdamW
+    from sparseopt.optim.sparse_linear import SparseLinear as SparseLinear
+    from sparseopt.optim.sparse_linear import sparse_linear as sparse_linear
     from sparseopt.projection.projector import GradientProjector as GradientProjector
     from sparseopt.projection.store import ProjectionStore as ProjectionStore
     from sparseopt.runs.registry import RunManager as RunManager
@@ -43,6 +45,7 @@ _PUBLIC = {
     "ProjectionStore": "sparseopt.projection.store",
     "RunManager": "sparseopt.runs.registry",
     "SparseAdamW": "sparseopt.optim.sparse_adamw",
+    "SparseLinear": "sparseopt.optim.sparse_linear",
     "attach": "sparseopt.trainers.attachment",
     "compare": "sparseopt.masks.operations",
     "find_masks": "sparseopt.masks.find",
@@ -52,6 +55,7 @@ _PUBLIC = {
     "pack_mask": "sparseopt.functional",
     "popcount": "sparseopt.functional",
     "reconstruct": "sparseopt.deltas.reconstruct",
+    "sparse_linear": "sparseopt.optim.sparse_linear",
     "sparse_finetune": "sparseopt.trainers.finetune",
     "to_semi_structured": "sparseopt.semi_structured",
     "unpack_mask": "sparseopt.functional",

@@ -43,7 +43,7 @@ _MASK = {
     ),
     "sparsity": Setting(0.975, float, "share of inactive entries of a mask that is found"),
     "scope": Setting("global", str, "budget over all parameters or for each", ("global", "per_tensor")),
-    "granularity": Setting("1", str, "unit of the mask", ("1", "8", "16", "32", "row", "column")),
+    "granularity": Setting("1", str, "unit of the mask", ("1", "8", "16", "32", "row", "column", "auto")),
     "batches": Setting(8, int, "batches of real gradients that score the weights"),
     "include": Setting([], list, "only parameters whose names match one of these patterns"),
     "exclude": Setting(
@@ -90,6 +90,7 @@ _OPTIMIZER = {
     "weight_decay": Setting(0.0, float, "decoupled weight decay, of active entries only under a mask"),
     "max_grad_norm": Setting(1.0, float, "clips the gradient norm (over active entries under a mask); 0: never"),
     "capture_gradients": Setting(True, bool, "gather gradients during backward and free the dense ones"),
+    "structured": Setting(True, bool, "layers whose mask is whole rows or columns compute only what trains"),
     "master_weights": Setting(True, bool, "keep 16-bit weights at higher precision in the optimizer"),
 }
 _DELTA_LOG = {
@@ -266,7 +267,7 @@ CHAIN: Schema = {
         "methods": Setting(_MASK_METHODS, list, "mask methods to compare"),
         "train_with": Setting("fisher", str, "the method whose mask the sparse runs train under"),
         "sparsity": Setting(0.975, float, "share of inactive entries"),
-        "granularity": Setting("1", str, "unit of the masks", ("1", "8", "16", "32", "row", "column")),
+        "granularity": Setting("1", str, "unit of the masks", ("1", "8", "16", "32", "row", "column", "auto")),
         "exclude": Setting(["embed_tokens"], list, "no parameters whose names match one of these patterns"),
         "gradient_batches": Setting(8, int, "batches of real gradients behind the method gradient"),
         "grpo_after_dpo": Setting(True, bool, "GRPO goes on from the DPO run of its kind, else from the model"),
@@ -367,6 +368,7 @@ FLAGS = {
     "mlp_only": "mask.mlp_only",
     "lora": "lora.enabled",
     "learning_rate": "optimizer.learning_rate",
+    "structured": "optimizer.structured",
     "n_steps": "training.n_steps",
     "batch_size": "training.batch_size",
     "seed": "training.seed",

@@ -7,8 +7,10 @@ would compute a norm over dense gradients: clipping happens inside the optimizer
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,20 @@ from transformers import Trainer, TrainerCallback
 
 from sparseopt.masks.maskset import MaskSet, normalize_name
 from sparseopt.optim.sparse_adamw import SparseAdamW
+from sparseopt.optim.sparse_linear import SparseLinear
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["attach", "sparse_optimizer"]
 
 
-def attach(trainer: Trainer, masks: MaskSet | Mapping[str, Tensor], **sparse_adamw_kwargs: Any) -> None:
+def attach(
+    trainer: Trainer,
+    masks: MaskSet | Mapping[str, Tensor],
+    *,
+    structured: Literal["auto", False] = "auto",
+    **sparse_adamw_kwargs: Any,
+) -> None:
     """Makes a trainer train only the active entries of ``masks``. Call it before ``trainer.train()``.
 
     Works with ``transformers.Trainer`` and TRL's SFT, DPO and GRPO trainers; resuming from a checkpoint works as always.
@@ -30,6 +41,9 @@ def attach(trainer: Trainer, masks: MaskSet | Mapping[str, Tensor], **sparse_ada
     Args:
         trainer: a trainer that has not created its optimizer yet.
         masks: what to train, by parameter name. A tied weight may be named by any of its names.
+        structured: ``"auto"``: while training runs, linear layers whose mask is made of whole rows or columns compute and
+            keep only what trains (:func:`~sparseopt.sparse_linear`), where gradients are captured and masks do not change.
+            ``False``: all weight gradients are computed whole.
         sparse_adamw_kwargs: arguments of :class:`~sparseopt.SparseAdamW`. Defaults come from the training arguments
             (learning rate, betas, eps, weight decay, ``max_grad_norm``); ``capture_gradients`` is on unless fp16 loss
             scaling or several processes rule it out.
@@ -55,9 +69,11 @@ def attach(trainer: Trainer, masks: MaskSet | Mapping[str, Tensor], **sparse_ada
         "capture_gradients": not arguments.fp16 and arguments.world_size == 1,
         **sparse_adamw_kwargs,
     }
+    if structured not in ("auto", False):
+        raise ValueError(f"structured must be 'auto' or False, got {structured!r}.")
     model: Any = trainer.model
     resolve_names(model, masks)  # errors belong here, not minutes into training
-    adapter = _Adapter(trainer, masks, options)
+    adapter = _Adapter(trainer, masks, options, structured == "auto" and bool(options["capture_gradients"]))
 
     class SparseAdamWFactory:
         """Called by the trainer with the model it will train."""
@@ -75,6 +91,16 @@ def attach(trainer: Trainer, masks: MaskSet | Mapping[str, Tensor], **sparse_ada
     for name in replaced:
         setattr(trainer, name, adapter.grad_norm)
     trainer.add_callback(adapter)
+    train = trainer.train
+
+    @functools.wraps(train)
+    def train_and_restore(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        finally:
+            adapter.restore()  # whatever ended it
+
+    trainer.train = train_and_restore  # type: ignore[method-assign]
 
 
 def sparse_optimizer(trainer: Trainer) -> SparseAdamW:
@@ -116,8 +142,9 @@ def resolve_names(model: nn.Module, masks: MaskSet) -> MaskSet:
 class _Adapter(TrainerCallback):
     """What one attached trainer needs: the optimizer's construction, the logged norm, the freezing."""
 
-    def __init__(self, trainer: Trainer, masks: MaskSet, options: dict[str, Any]) -> None:
-        self._trainer, self._masks, self._options = trainer, masks, options
+    def __init__(self, trainer: Trainer, masks: MaskSet, options: dict[str, Any], structured: bool) -> None:
+        self._trainer, self._masks, self._options, self._structured = trainer, masks, options, structured
+        self._layers: SparseLinear | None = None
         self._frozen: list[nn.Parameter] = []
         self._optimizer: SparseAdamW | None = None
 
@@ -155,10 +182,15 @@ class _Adapter(TrainerCallback):
         selected = masks.select([name for name in kept if name in masks])
         options = {k: v for k, v in self._options.items() if k != "weight_decay"}
         self._optimizer = SparseAdamW([g for g in groups if g["params"]], masks=selected, **options)
+        dynamic = False
         for callback in self._trainer.callback_handler.callbacks:
             made = getattr(callback, "optimizer_made", None)
             if made is not None:
                 made(self._optimizer)
+                dynamic = True  # it looks at dense gradients, to grow masks of single entries
+        if self._structured and not dynamic:
+            self._layers = SparseLinear(model, selected)
+            logger.info("%r", self._layers)
         return self._optimizer
 
     def grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
@@ -173,6 +205,13 @@ class _Adapter(TrainerCallback):
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Nothing stays changed after training."""
+        self.restore()
+
+    def restore(self) -> None:
+        """The model is as it was, but for the weights."""
+        if self._layers is not None:
+            self._layers.remove()
+            self._layers = None
         for param in self._frozen:
             param.requires_grad_(True)
         self._frozen.clear()

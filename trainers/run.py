@@ -207,7 +207,7 @@ class Run(abc.ABC):
             )
             attach(
                 trainer, masks, capture_gradients=settings["capture_gradients"],
-                master_weights=settings["master_weights"],
+                master_weights=settings["master_weights"], structured="auto" if settings["structured"] else False,
             )  # fmt: skip
         else:
             self._say_dense(trainer)

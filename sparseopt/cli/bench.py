@@ -56,8 +56,8 @@ Arms = Annotated[
     typer.Option(
         "--arms",
         metavar="NAME...",
-        help="dense-fused, dense-foreach, lora, adamw8bit, sparse, sparse/runs16, sparse@2.5%, sparse@2.5%/runs16; "
-        "also comma-separated. Default: the first six.",
+        help="dense-fused, dense-foreach, lora, adamw8bit, sparse, sparse/runs16, sparse/columns, sparse/rows, sparse@2.5%, "
+        "sparse@2.5%/columns; also comma-separated. Default: the first six.",
     ),
 ]
 Density = Annotated[
@@ -74,7 +74,9 @@ Seq = Annotated[int, typer.Option("--seq", help="Tokens of a sequence; of real r
 Rounds = Annotated[int, typer.Option("--rounds", "--n_steps", help="Timed steps of each arm.")]
 Warmup = Annotated[int, typer.Option("--warmup", help="Untimed steps of each arm before them, in each pass.")]
 Passes = Annotated[int, typer.Option("--passes", help="Turns over the list of arms; rounds are split over them.")]
-Mode = Annotated[str | None, typer.Option("--mode", help="eager (default), compiled or both.")]
+Mode = Annotated[
+    str | None, typer.Option("--mode", help="eager (default), compiled (by layer), whole, or both (the first two).")
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile each decoder layer: --mode compiled.")]
 Checkpointing = Annotated[bool, typer.Option("--gradient_checkpointing", help="Recompute activations in backward.")]
 Accumulation = Annotated[int, typer.Option("--accumulation", help="Micro-batches of a step.")]

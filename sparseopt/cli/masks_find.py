@@ -63,7 +63,10 @@ def find(
         float, typer.Option("--min_layer_keep_ratio", min=0, max=1, help="Least active share of each parameter.")
     ] = 0.0,
     granularity: Annotated[
-        str, typer.Option("--granularity", help="Entries chosen together: 1, 8, 16, 32 (aligned runs), row or column.")
+        str,
+        typer.Option(
+            "--granularity", help="Entries chosen together: 1, 8, 16, 32 (aligned runs), row, column or auto."
+        ),
     ] = "1",
     include: Annotated[
         list[str] | None,

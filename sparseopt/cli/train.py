@@ -74,6 +74,14 @@ def _method(name: str) -> Callable[..., None]:
         mlp_only: Annotated[
             bool, typer.Option("--mlp_only", help="Train the mask's MLP entries only (mask.mlp_only).")
         ] = False,
+        structured: Annotated[
+            str | None,
+            typer.Option(
+                "--structured",
+                metavar="auto|off",
+                help="Spare work under masks of rows or columns (optimizer.structured).",
+            ),
+        ] = None,
         lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter instead (lora.enabled).")] = False,
         n_steps: Annotated[int | None, typer.Option("--n_steps", help="Optimizer steps (training.n_steps).")] = None,
         batch_size: Annotated[
@@ -119,6 +127,8 @@ def _method(name: str) -> Callable[..., None]:
         json: JsonFlag = False,
         debug: DebugFlag = False,
     ) -> None:
+        if structured not in (None, "auto", "off"):
+            raise typer.BadParameter(f"--structured must be auto or off, got {structured!r}.")
         flags: dict[str, Any] = {
             "model_name": model_name,
             "checkpoint": checkpoint,
@@ -127,6 +137,7 @@ def _method(name: str) -> Callable[..., None]:
             "mask": mask,
             "sparsity": sparsity,
             "mlp_only": mlp_only or None,
+            "structured": None if structured is None else structured == "auto",
             "lora": lora or None,
             "n_steps": n_steps,
             "batch_size": batch_size,

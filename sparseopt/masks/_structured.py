@@ -20,7 +20,7 @@ from sparseopt import functional
 from sparseopt.masks._pieces import Part
 from sparseopt.masks._select import Picked
 
-__all__ = ["Structure", "pick_structures", "random_mask"]
+__all__ = ["Structure", "pick_structures", "random_mask", "whole_groups"]
 
 Bools = npt.NDArray[np.bool_]
 PIECE = 1 << 22  # score elements summed at a time
@@ -87,10 +87,41 @@ def _expand(chosen: Tensor, shape: Sequence[int], grain: str) -> Tensor:
     return functional.pack_mask(chosen.view(view).expand(tuple(shape)).contiguous())
 
 
-def pick_structures(structures: Sequence[Structure], budget: int, minimum: Sequence[int]) -> list[Picked]:
+def whole_groups(packed: Tensor, shape: Sequence[int]) -> tuple[str, Tensor] | None:
+    """Whether a matrix's mask is made of whole rows or whole columns.
+
+    Args:
+        packed: uint8[ceil(n/8)] on the CPU.
+        shape: two sizes.
+
+    Returns:
+        ("row" or "column", their indices: sorted int64), or None. Full and empty masks are rows.
+    """
+    rows, columns = shape
+    if rows * columns == 0:
+        return "row", torch.arange(0)
+    # Eight columns to a byte where rows begin at bytes: an eighth of the work.
+    whole = columns % 8 == 0
+    bits = packed.view(rows, columns // 8) if whole else functional.unpack_mask(packed, (rows, columns))
+    full = 255 if whole else 1
+    for part in (bits[:64], bits):  # most masks that are neither show it at once
+        first = part[:, 0]
+        by_row = bool(((first == 0) | (first == full)).all()) and bool((part == first[:, None]).all())
+        by_column = bool((part == part[0]).all())
+        if not (by_row or by_column):
+            return None
+    if by_row:
+        return "row", bits[:, 0].nonzero().view(-1)
+    return "column", (functional.unpack_mask(bits[0], columns) if whole else bits[0]).nonzero().view(-1)
+
+
+def pick_structures(
+    structures: Sequence[Structure], budget: int, minimum: Sequence[int], by_mean: bool = False
+) -> list[Picked]:
     """The best rows or columns of several tensors: at most ``budget`` entries, and nothing more would fit.
 
-    Ties go to the earlier tensor, then to the lower index. ``minimum`` is in entries, filled first.
+    Ties go to the earlier tensor, then to the lower index. ``minimum`` is in entries, filled first. ``by_mean`` orders by
+    score per entry instead of per group.
     """
     chosen = [np.zeros(s.count, dtype=np.bool_) for s in structures]
     least = [min(-(-m // s.size), s.count) if s.size else 0 for m, s in zip(minimum, structures, strict=True)]
@@ -103,7 +134,8 @@ def pick_structures(structures: Sequence[Structure], budget: int, minimum: Seque
     sums = np.concatenate([s.sums for s in structures])
     sizes = np.concatenate([np.full(s.count, s.size, dtype=np.int64) for s in structures])
     flat = np.concatenate(chosen)
-    order = np.argsort(-sums, kind="stable")
+    ranked = sums / np.maximum(sizes, 1) if by_mean else sums
+    order = np.argsort(-ranked, kind="stable")
     order = order[~flat[order]]
     picked: list[npt.NDArray[np.intp]] = []
     while True:
@@ -118,9 +150,9 @@ def pick_structures(structures: Sequence[Structure], budget: int, minimum: Seque
     flat[rest] = True
     tied = np.zeros_like(flat)
     if rest.size:
-        lowest = sums[rest].min()
-        if (sums[~flat] == lowest).any():
-            tied[rest] = sums[rest] == lowest
+        lowest = ranked[rest].min()
+        if (ranked[~flat] == lowest).any():
+            tied[rest] = ranked[rest] == lowest
 
     results = []
     position = 0

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseopt.masks._auto import choose_grain, pick_mixed
 from sparseopt.masks._pieces import Part, Scores, TensorPart
 from sparseopt.masks._select import CACHED_GROUPS, Picked, Source, pick, shares, top
 from sparseopt.masks._structured import Structure, pick_structures
-from sparseopt.masks.maskset import Granularity, MaskSet, granularity_of, normalize_name
+from sparseopt.masks.maskset import AUTO, Granularity, MaskSet, granularity_of, normalize_name
 
 __all__ = ["find_masks", "is_mlp", "matches"]
 
@@ -73,6 +74,8 @@ def find_masks(
         granularity: 1 = single entries, exact counts; 8, 16, 32 = aligned runs in the flat (row-major) tensor;
             ``"row"`` = dimension 0, ``"column"`` = last dimension (in tensors of fewer than two dimensions every entry
             is one). Whole groups by summed score, never more entries than the count above, less than one group under.
+            ``"auto"`` chooses ``"row"``, ``"column"`` or 1 for each tensor, by the score lost per number that a training
+            step is spared (the formula is in :mod:`sparseopt.masks._auto`); tensors of single entries fill the count up.
         min_layer_keep_ratio: share of each tensor's entries that is active whatever the other tensors score, rounded up
             (down where rounding up would exceed the budget); filled first. In ``per_tensor`` scope it has no effect.
         include: patterns of parameters to choose from (:func:`matches`); None = all.
@@ -86,7 +89,7 @@ def find_masks(
         method, scope, granularity, target_sparsity, min_layer_keep_ratio, eligible_parameters, timestamp,
         zero_score_share (of the active entries, or their groups, those with score 0), tie_share (those whose score also
         occurs among the entries left out at the threshold), kept_score (their share of the score total; only where no
-        score is negative and the total finite and above 0).
+        score is negative and the total finite and above 0); under ``"auto"`` granularities, what was chosen by tensor.
 
     Raises:
         ValueError: NaN scores (the parameter is named), arguments out of range, nothing left to choose from, or more
@@ -110,15 +113,17 @@ def find_masks(
 
     # All masks are allocated before the work, whose buffers would otherwise lie between them and fragment the heap.
     packed = {name: torch.zeros((part.numel() + 7) // 8, dtype=torch.uint8) for name, part in tensors.items()}
+    grains = {name: choose_grain(name, tensors[name], density) for name in eligible} if grain == AUTO else None
     picked: dict[str, Picked] = {}
     for names, budget, minimum in zip(groups, budgets, minimums, strict=True):
         chosen = {name: tensors[name] for name in names}
-        picked.update(zip(names, _pick(chosen, budget, minimum, grain, packed), strict=True))
+        picked.update(zip(names, _pick(chosen, budget, minimum, grains or grain, packed), strict=True))
     measured = shares(list(picked.values()))
     _check_zeros(measured["zero_score_share"], allow_zero_scores)
     found = {
         "scope": scope,
         "granularity": grain,
+        **({"granularities": grains} if grains else {}),
         "target_sparsity": sparsity,
         "min_layer_keep_ratio": min_layer_keep_ratio,
         "eligible_parameters": sum(sizes),
@@ -136,9 +141,14 @@ def _pick(
     tensors: Mapping[str, Part],
     budget: int,
     minimum: Sequence[int],
-    grain: Granularity,
+    grain: Granularity | Mapping[str, Granularity],
     packed: Mapping[str, Tensor],
 ) -> list[Picked]:
+    if isinstance(grain, Mapping):
+        kinds = {grain[name] for name in tensors}
+        if len(kinds) > 1 or kinds - {1}:
+            return pick_mixed(tensors, grain, budget, minimum, packed)
+        grain = 1
     if isinstance(grain, str):
         return pick_structures([Structure(name, t, grain) for name, t in tensors.items()], budget, minimum)
     # Sums over groups are taken in fp64, so that they neither overflow nor depend on the order of summation much.

@@ -19,23 +19,24 @@ from torch import Tensor
 from sparseopt import functional
 from sparseopt.masks._names import normalize_name
 
-__all__ = ["DERIVED_METADATA", "Granularity", "MaskSet", "granularity_of", "normalize_name"]
+__all__ = ["AUTO", "DERIVED_METADATA", "Granularity", "MaskSet", "granularity_of", "normalize_name"]
 
 Granularity = int | str
 
 GRANULARITIES: tuple[Granularity, ...] = (1, 8, 16, 32, "row", "column")
+AUTO = "auto"  # find_masks chooses for each tensor
 # Metadata that follows from the bits; always present, always computed.
 DERIVED_METADATA = ("total_parameters", "active_parameters", "active_fraction", "sparsity")
 
 
 def granularity_of(value: object) -> Granularity:
-    """Checks a granularity: 1, 8, 16, 32 (an int or its decimal string), ``"row"`` or ``"column"``."""
+    """Checks a granularity: 1, 8, 16, 32 (an int or its decimal string), ``"row"``, ``"column"`` or ``"auto"``."""
     if isinstance(value, str) and value.isdecimal():
         value = int(value)
-    for allowed in GRANULARITIES:
+    for allowed in (*GRANULARITIES, AUTO):
         if type(value) is type(allowed) and value == allowed:
             return allowed
-    raise ValueError(f"granularity must be 1, 8, 16, 32, 'row' or 'column', got {value!r}.")
+    raise ValueError(f"granularity must be 1, 8, 16, 32, 'row', 'column' or 'auto', got {value!r}.")
 
 
 class MaskSet:
@@ -160,6 +161,8 @@ class MaskSet:
         if not 0 <= density <= 1:
             raise ValueError(f"density must lie in 0..1, got {density}.")
         grain = granularity_of(granularity)
+        if grain == AUTO:
+            raise ValueError("granularity='auto' chooses by scores, which random masks have none of: use find_masks().")
         shapes = _shapes_of(model)
         packed = {}
         for name, shape in shapes.items():

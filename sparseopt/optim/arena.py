@@ -82,6 +82,7 @@ class Arena:
         self.cohorts: Tensor | None = None
         self.births: Tensor | None = None
         self.compact: Tensor | None = None
+        self._compact_chunks: Tensor | None = None
         self.squares = torch.zeros(
             len(self.plan.chunks) * self.plan.squares_per_chunk, dtype=self.state_dtype, device=self.device
         )
@@ -153,13 +154,23 @@ class Arena:
             self.compact = torch.empty(self.plan.active, dtype=self.state_dtype, device=self.device)
         return self.compact
 
-    def gather(self, first: int, grads: Sequence[Tensor], accumulate: bool) -> None:
-        """Adds (or writes) the active entries of dense gradients of the tensors ``first ..`` to the compact buffer."""
+    def gather(self, first: int, grads: Sequence[Tensor], accumulate: bool, compact: bool = False) -> None:
+        """Adds (or writes) the active entries of gradients of the tensors ``first ..`` to the compact buffer.
+
+        Args:
+            first: the tensor that ``grads[0]`` belongs to.
+            grads: dense gradients, or with ``compact`` their active entries alone, in arena order.
+            accumulate: add to what is there.
+            compact: as said.
+        """
         last, per_chunk = first + len(grads), self.plan.squares_per_chunk
         rows = slice(self.plan.first_chunk[first], self.plan.first_chunk[last])
+        if compact and self._compact_chunks is None:
+            self._compact_chunks = self.plan.compact_chunks()
+        chunks = self.plan.chunks if self._compact_chunks is None or not compact else self._compact_chunks
         self._op("gather_grads_")(
             self.gradient_buffer(), [g if g.is_contiguous() else g.contiguous() for g in grads], self.plan.indices,
-            self.plan.chunks[rows], first, accumulate, self.plan.run,
+            chunks[rows], first, accumulate, self.plan.run,
             self.squares[rows.start * per_chunk : rows.stop * per_chunk],
         )  # fmt: skip
 

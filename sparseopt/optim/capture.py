@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparseopt.optim import structured
+
 if TYPE_CHECKING:
     from sparseopt.optim.arena import Arena
     from sparseopt.optim.sparse_adamw import SparseAdamW
@@ -30,7 +32,7 @@ WAITING_BYTES = 256 * 2**20
 class _Slot:
     """The hook of one parameter, and where its gradients go."""
 
-    __slots__ = ("arena", "capture", "gradient", "seen", "tensor")
+    __slots__ = ("arena", "capture", "compact", "gradient", "seen", "tensor")
 
     def __init__(self, capture: GradientCapture) -> None:
         self.capture = capture
@@ -38,7 +40,8 @@ class _Slot:
         # this hook, and Python's collector does not see through tensors.
         self.arena = -1
         self.tensor = 0
-        self.gradient: Tensor | None = None  # dense, still to be gathered
+        self.gradient: Tensor | None = None  # still to be gathered
+        self.compact = False  # whether that has the active entries only
         self.seen = False  # captured since the last step: the next gradient adds to the buffer
 
     def __call__(self, param: Tensor) -> None:
@@ -50,6 +53,23 @@ class _Slot:
                     self.capture.observer(param, gradient)
                 param.grad = None
                 self.capture.take(self, arena, gradient)
+
+    def mask(self, param: Tensor) -> tuple[bool, Tensor | None]:
+        """(whether the optimizer has laid out its state, the packed mask it did that for; None: all active)."""
+        optimizer = self.capture._optimizer()
+        if optimizer is None or optimizer._dirty or param not in optimizer._slots:
+            return False, None
+        arena, tensor = optimizer._slots[param]
+        return True, arena.packed_mask(tensor)
+
+    def take_compact(self, param: Tensor, gradient: Tensor) -> bool:
+        """Takes the active entries of a gradient, in order, from a layer that computes no more (see ``structured.py``);
+        False if the parameter is not the optimizer's."""
+        arena = self.capture.home(self, param, gradient)
+        if arena is None:
+            return False
+        self.capture.take(self, arena, gradient, compact=True)
+        return True
 
 
 class GradientCapture:
@@ -78,6 +98,7 @@ class GradientCapture:
             for param in group["params"]:
                 if param.requires_grad and param not in self._slots:
                     slot = self._slots[param] = _Slot(self)
+                    structured.connect(param, slot)
                     self._handles.append(param.register_post_accumulate_grad_hook(slot))
         positions = {id(arena): position for position, arena in enumerate(optimizer._arenas)}
         for param, slot in self._slots.items():
@@ -90,6 +111,8 @@ class GradientCapture:
             handle.remove()
         self._handles.clear()
         self.discard()
+        for param, slot in self._slots.items():
+            structured.disconnect(param, slot)
         self._slots = WeakIdKeyDictionary()
 
     def discard(self) -> None:
@@ -133,7 +156,7 @@ class GradientCapture:
             )
         return arena
 
-    def take(self, slot: _Slot, arena: Arena, gradient: Tensor) -> None:
+    def take(self, slot: _Slot, arena: Arena, gradient: Tensor, compact: bool = False) -> None:
         if slot.gradient is not None:
             self.flush()
         if not slot.seen:
@@ -142,8 +165,9 @@ class GradientCapture:
             slot.seen = True
             return
         slot.gradient = gradient.detach() if gradient.requires_grad else gradient
+        slot.compact = compact
         self._waiting.append(slot)
-        self._waiting_bytes += arena.dense_bytes[slot.tensor]
+        self._waiting_bytes += gradient.nbytes if compact else arena.dense_bytes[slot.tensor]
         if self._waiting_bytes >= WAITING_BYTES or arena.device.type == "cpu":
             self.flush()
 
@@ -157,17 +181,17 @@ class GradientCapture:
                     self._slots[param](param)
 
     def flush(self) -> None:
-        """Gathers the waiting gradients: one launch for each arena, and for new and accumulating ones."""
+        """Gathers the waiting gradients: one launch for each arena, for new and accumulating, dense and compact ones."""
         if not self._waiting:
             return
         optimizer = self._optimizer()
         assert optimizer is not None
-        calls: dict[tuple[int, bool], list[_Slot]] = {}
+        calls: dict[tuple[int, bool, bool], list[_Slot]] = {}
         for slot in self._waiting:
-            calls.setdefault((slot.arena, slot.seen), []).append(slot)
+            calls.setdefault((slot.arena, slot.seen, slot.compact), []).append(slot)
         self._waiting.clear()
         self._waiting_bytes = 0
-        for (position, accumulate), slots in calls.items():
+        for (position, accumulate, compact), slots in calls.items():
             arena = optimizer._arenas[position]
             gradients: dict[int, Tensor] = {}
             for slot in slots:
@@ -176,7 +200,7 @@ class GradientCapture:
                 slot.gradient, slot.seen = None, True
             first, last = min(gradients), max(gradients)
             listed = [gradients.pop(tensor, arena.nothing) for tensor in range(first, last + 1)]
-            arena.gather(first, listed, accumulate)
+            arena.gather(first, listed, accumulate, compact)
 
     # ---- what was captured -------------------------------------------------------------------------------------------
     def __bool__(self) -> bool:

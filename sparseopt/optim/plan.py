@@ -92,6 +92,14 @@ class IndexPlan:
             self.run,
         )  # fmt: skip
 
+    def compact_chunks(self) -> Tensor:
+        """``chunks`` for tensors that hold nothing but their active entries: the same rows, each one contiguous."""
+        rows = self.chunks.clone()
+        rows[:, 1] = rows[:, 2] - torch.tensor(self.starts, device=rows.device)[rows[:, 0]]
+        rows[:, 4] = 0  # offset 0
+        rows[:, 5] = CHUNK[self.indices.dtype].bit_length() - 1
+        return rows
+
     def to(self, device: torch.device) -> IndexPlan:
         if self.indices.device == device:
             return self

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparseopt.masks.maskset import MaskSet, normalize_name
-from sparseopt.optim import arguments, checkpoint, stepping, weights
+from sparseopt.optim import arguments, checkpoint, stepping, structured, weights
 from sparseopt.optim.arena import Arena, Saved
 from sparseopt.optim.arguments import check_dtypes, check_hyperparameters, refuse_shared_storage, resolve_masks
 from sparseopt.optim.capture import GradientCapture
@@ -226,6 +226,8 @@ class SparseAdamW(Optimizer):
         self.state.clear()
         for param, (arena, t) in slots.items():
             self.state[param] = arena.state(t)
+        for name, param, _ in layout:
+            structured.follow(param, masks[name], self.adopt_masks or name in self._changing, name)
         if self._capture is not None:
             self._capture.arm()
             self._capture.restore(pending)
@@ -312,6 +314,8 @@ class SparseAdamW(Optimizer):
         """
         if self._capture is not None:
             self._capture.observer = observer
+            for _, param, _ in self._layout():
+                structured.watch(param, observer is not None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards gradients, captured ones included."""
@@ -343,6 +347,8 @@ class SparseAdamW(Optimizer):
         given = arguments.new_masks(masks, params)
         if not self._arenas:  # nothing is allocated yet, and need not be for masks that will not be used
             self._masks.update({name: given.packed(name) for name in given.names})
+            for name in given.names:
+                structured.follow(params[name], given.packed(name), True, name)
             return
         near = {name: copies[name] for name in given.names if name in copies} if copies else {}
         old = {name: self._near.get(name, self._known[name]) for name in given.names}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from sparseopt._modules import module_kind, module_name
 from sparseopt.masks._names import normalize_name
 
 __all__ = ["Weight", "check_usable", "find_weights", "module_kind", "module_name", "parameter_layer"]
@@ -33,20 +34,6 @@ class Weight:
         for _, kind, names in self.modules:
             if embeddings or kind != "Embedding":
                 yield from names
-
-
-def module_name(name: str) -> str:
-    """A module's path without what wrappers add."""
-    return normalize_name(f"{name}.weight").removesuffix("weight").removesuffix(".")
-
-
-def module_kind(module: nn.Module) -> str | None:
-    """Which of "Linear", "Conv1D", "Embedding" it is; None for others and for subclasses with a forward of their own."""
-    for base in type(module).__mro__:
-        conv1d = base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils"
-        if base in (nn.Linear, nn.Embedding) or conv1d:
-            return base.__name__ if type(module).forward is vars(base).get("forward") else None
-    return None
 
 
 def find_weights(model: nn.Module, *, include_embeddings: bool) -> list[Weight]:

@@ -14,6 +14,7 @@ import sparseopt as so
 from sparseopt.benchmarks import report, train_arms, train_results, train_step, train_work
 from sparseopt.benchmarks.train_arms import CheckError, Unavailable
 from sparseopt.benchmarks.train_settings import Arm, parse, parse_arms
+from sparseopt.optim.structured import is_structured
 from sparseopt.shapes import build_shape
 
 pytest.importorskip("transformers")
@@ -36,6 +37,10 @@ def test_arms_by_name() -> None:
     expected = ["sparse@2.5%", "sparse@0.25%", "sparse@2.5%/runs16", "sparse@0.25%/runs16"]
     assert names == ["dense-fused", *expected]
     assert parse_arms(["sparse@10%/runs8"], []) == [Arm("sparse@10%/runs8", 0.1, 8)]
+    assert parse_arms(["sparse/columns", "sparse@10%/rows"], ["2.5%"]) == [
+        Arm("sparse@2.5%/columns", 0.025, 1, "column"),
+        Arm("sparse@10%/rows", 0.1, 1, "row"),
+    ]
     assert len(parse_arms(["lora", "lora"], [])) == 1
     with pytest.raises(ValueError, match="unknown arm 'dense': expected some of dense-fused"):
         parse_arms(["dense"], [])
@@ -91,6 +96,38 @@ def test_masks_leave_embeddings_and_head_out() -> None:
     assert train_arms.random_masks(model, 0.1, run=16, seed=3) == masks
 
 
+@pytest.mark.parametrize("structure", ["row", "column"])
+def test_masks_of_rows_and_columns(structure: str) -> None:
+    model = build_shape("tiny", device="cpu")
+    masks = train_arms.random_masks(model, 0.1, structure=structure)
+    for name, mask in masks.items():
+        if mask.dim() == 2:
+            groups = mask.any(1 if structure == "row" else 0)
+            assert int(groups.sum()) == round(0.1 * groups.numel())
+            assert int(mask.sum()) == int(groups.sum()) * (mask.numel() // groups.numel())
+        else:
+            assert not mask.any(), name
+    built = train_arms.build(Arm("x", 0.1, 1, structure), model)
+    assert built.trained == masks.active_parameters
+    assert sum(is_structured(module) for module in model.modules()) == sum(masks.count(n) > 0 for n in masks.names)
+
+
+@pytest.mark.parametrize("workload", ["lm", "dpo", "grpo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("structure", ["row", "column"])
+def test_the_check_of_parts(structure: str, dtype: torch.dtype, workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = Arm("sparse@10%/x", 0.1, 1, structure)
+    train_arms.check_small(arm, build_shape("tiny", device="cpu", dtype=dtype), workload, mode="eager")
+    captured = train_arms._captured
+
+    def wrong(optimizer: so.SparseAdamW) -> dict[str, torch.Tensor]:
+        return {name: values * 1.2 for name, values in captured(optimizer).items()}
+
+    monkeypatch.setattr(train_arms, "_captured", wrong)
+    with pytest.raises(CheckError, match="differs by 0"):
+        train_arms.check_small(arm, build_shape("tiny", device="cpu", dtype=dtype), workload, mode="eager")
+
+
 @pytest.mark.parametrize("workload", ["lm", "dpo", "grpo"])
 def test_losses(workload: str) -> None:
     model = build_shape("tiny", device="cpu", dtype=torch.float32)
@@ -111,7 +148,7 @@ def test_losses(workload: str) -> None:
 @pytest.mark.parametrize("arm", [SPARSE, Arm("sparse@5%/runs16", 0.05, 16)], ids=lambda arm: arm.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_small_check_passes(arm: Arm, dtype: torch.dtype) -> None:
-    train_arms.check_small(arm, build_shape("tiny", device="cpu", dtype=dtype), "lm", compiled=False)
+    train_arms.check_small(arm, build_shape("tiny", device="cpu", dtype=dtype), "lm", mode="eager")
 
 
 def test_small_check_finds_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +163,7 @@ def test_small_check_finds_another_result(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(so.SparseAdamW, "step", forgetful)
     with pytest.raises(CheckError, match="differs from dense AdamW"):
-        train_arms.check_small(SPARSE, build_shape("tiny", device="cpu"), "lm", compiled=False)
+        train_arms.check_small(SPARSE, build_shape("tiny", device="cpu"), "lm", mode="eager")
 
 
 @pytest.mark.parametrize("where", ["embedding", "inactive"])

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# On a machine with a CUDA GPU: the GPU tests of structured masks, then whole training steps under column and row masks beside
+# element masks, dense fused AdamW and LoRA. Each part has its own time, so that a slow compilation costs its own figures only.
+# usage: bash benchmarks/gpu_structured.sh OUTPUT_FOLDER [tests|eager|compiled|rows|layers|small|large ...]
+# (without names: all of them but layers; each of compiled, rows, layers and small takes minutes, for compiling)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-build/gpu}
+parts=${*:2}
+parts=${parts:-tests eager large compiled small rows}
+mkdir -p "$out"
+python3 -m pip install -q --no-build-isolation --no-deps -e . || exit 1
+status=0
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+measure() { # SECONDS ARGUMENTS...: SIGINT ends it early with what it has
+  timeout --signal=INT --kill-after=30 "$1" python3 -P -m sparseopt.benchmarks.train_step --master fp32 --density 2.5% "${@:2}" \
+    --output "${into:-$out}" 2>> "$out/structured.log" || { status=1; tail -5 "$out/structured.log"; }
+}
+for part in $parts; do
+  echo "== $part"
+  case $part in
+    tests)
+      timeout 150 pytest -q -m "gpu and not slow" tests/optim/test_structured_gpu.py -p no:cacheprovider --timeout=120 \
+        > "$out/structured-tests.txt" 2>&1 || status=1
+      tail -5 "$out/structured-tests.txt"
+      ;;
+    eager)
+      measure 200 --shape llama-3.2-3b --batch 1 --seq 512 --rounds 20 --warmup 4 \
+        --arms dense-fused,lora,sparse,sparse/runs16,sparse/columns,sparse/rows --mode eager
+      ;;
+    compiled) # in one piece, one pass: an arm compiles for a minute or more
+      measure 540 --shape llama-3.2-3b --batch 1 --seq 512 --rounds 20 --warmup 5 --passes 1 \
+        --arms dense-fused,sparse/columns,lora --mode whole
+      ;;
+    rows)
+      into=$out/rows measure 400 --shape llama-3.2-3b --batch 1 --seq 512 --rounds 20 --warmup 5 --passes 1 \
+        --arms dense-fused,sparse/rows --mode whole
+      ;;
+    layers) # by layer instead of in one piece
+      measure 540 --shape llama-3.2-3b --batch 1 --seq 512 --rounds 20 --warmup 5 --passes 1 \
+        --arms dense-fused,sparse/columns,lora --mode compiled
+      ;;
+    small)
+      measure 480 --shape llama-3.2-1b --batch 4 --seq 1024 --rounds 20 --warmup 5 --passes 1 \
+        --arms dense-fused,sparse/columns,lora --mode whole
+      ;;
+    large)
+      measure 300 --shape llama-3.1-8b --batch 1 --seq 512 --rounds 8 --warmup 3 --passes 1 --gradient_checkpointing \
+        --master residual --arms sparse/columns,lora,sparse/rows --mode eager
+      ;;
+    *)
+      echo "expected tests, eager, compiled, rows, layers, small or large, got $part" >&2
+      exit 2
+      ;;
+  esac
+done
+(cd "$out" && find . -name '*.json' -o -name '*.md' -o -name '*.png' -o -name 'structured*.txt' -o -name 'structured.log' |
+  tar -czf structured.tar.gz -T -)
+exit "$status"
