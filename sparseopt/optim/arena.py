@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from sparseopt import _backend, functional
 from sparseopt._schema import TensorList
 from sparseopt.optim.plan import IndexPlan
 from sparseopt.reference import join_master, split_master
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Arena", "Saved"]
 
@@ -37,7 +41,9 @@ class Arena:
     """Flat state for T tensors with N active entries (see :mod:`sparseopt._schema`).
 
     Attributes:
-        names, params: the T tensors.
+        names, params: the T tensors; of sharded parameters this process' part.
+        owners: the parameters that have gradients: ``params``, or the DTensors whose parts they are.
+        mesh: of the DTensors.
         plan: where the active entries are.
         steps: fp32[T]; exp_avg, exp_avg_sq, max_exp_avg_sq: fp32[N] (fp64[N] for fp64 parameters).
         residual: int16[N], what a 16-bit weight lacks of its fp32 master weight, or None.
@@ -61,6 +67,8 @@ class Arena:
         master_weights: str | None,
     ) -> None:
         self.names, self.params = list(names), list(params)
+        self.owners: Sequence[Tensor] = self.params
+        self.mesh: DeviceMesh | None = None
         self.device, self.dtype = params[0].device, params[0].dtype
         self.plan = IndexPlan.build(packed, [p.numel() for p in params]).to(self.device)
         self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32

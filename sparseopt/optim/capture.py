@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparseopt.optim import distributed
+from sparseopt.optim.sharding import local
+
 if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
     from sparseopt.optim.arena import Arena
     from sparseopt.optim.sparse_adamw import SparseAdamW
 
@@ -44,6 +49,7 @@ class _Slot:
     def __call__(self, param: Tensor) -> None:
         gradient = param.grad
         if gradient is not None:
+            gradient = local(gradient)
             arena = self.capture.home(self, param, gradient)
             if arena is not None:
                 if self.capture.observer is not None:
@@ -68,6 +74,11 @@ class GradientCapture:
         self._waiting: list[_Slot] = []
         self._waiting_bytes = 0
         self.observer: Callable[[Tensor, Tensor], None] | None = None
+        # Several processes: whether it is known who reduces dense gradients; the DDP that does so in this step still; and
+        # whether the captured gradients are averaged already.
+        self._sought = False
+        self._ddp: DistributedDataParallel | None = None
+        self.averaged = False
         self.arm()
 
     def arm(self) -> None:
@@ -83,6 +94,21 @@ class GradientCapture:
         for param, slot in self._slots.items():
             arena, slot.tensor = optimizer._slots.get(param, (None, 0))
             slot.arena = positions.get(id(arena), -1)
+
+    def take_over(self, between_passes: bool) -> None:
+        """Where several processes train: takes the parameters out of DDP's buckets, once.
+
+        During a backward pass DDP's buckets cannot be changed: that step takes the gradients as DDP averages them.
+        """
+        optimizer = self._optimizer()
+        if self._sought or optimizer is None or not distributed.several_processes(optimizer):
+            return
+        self._sought = not between_passes
+        found = distributed.wrapper_of(distributed.plain_parameters(optimizer))
+        if found is not None and between_passes:
+            distributed.release_from_ddp(optimizer, found)
+        elif found is not None:
+            self._ddp = found
 
     def disarm(self) -> None:
         """Removes all hooks: gradients stay dense."""
@@ -105,6 +131,11 @@ class GradientCapture:
         """After a step: the next gradients start anew."""
         for slot in self._touched:
             slot.seen, slot.gradient = False, None
+        if self.averaged:
+            self.averaged = False
+            self._sought = False
+            self.take_over(between_passes=True)
+            self._sought = True
         self._touched.clear()
         self._waiting.clear()
         self._waiting_bytes = 0
@@ -116,11 +147,10 @@ class GradientCapture:
         if optimizer is None:
             self.disarm()
             return None
-        if not self._touched and _in_process_group():
-            raise RuntimeError(
-                "capture_gradients=True under torch.distributed is not supported yet: gradients would be captured before "
-                "they are averaged over ranks. Set capture_gradients=False."
-            )
+        if not self._touched:
+            self.take_over(between_passes=False)
+            if self._ddp is not None:
+                return None
         arena = optimizer._arenas[slot.arena] if slot.arena >= 0 and not optimizer._dirty else None
         if arena is None or gradient.dtype != arena.dtype or gradient.device != arena.device:
             optimizer._build()  # compares all parameters: not at every hook
@@ -151,6 +181,7 @@ class GradientCapture:
         """Captures gradients that somebody put into ``param.grad`` by hand."""
         optimizer = self._optimizer()
         assert optimizer is not None
+        self.averaged, self._ddp = self._ddp is not None, None
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is not None and param in self._slots:
@@ -213,10 +244,3 @@ class GradientCapture:
                 slot.seen = True
                 self._touched.append(slot)
 
-
-def _in_process_group() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )

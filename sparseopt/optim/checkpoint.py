@@ -32,7 +32,9 @@ DENSE = "dense"  # fingerprint of "everything is active"
 
 
 def fingerprint(optimizer: SparseAdamW) -> str:
-    """Identifies names, shapes and masks; ``"dense"`` when everything is active."""
+    """Identifies names, shapes and masks; ``"dense"`` when everything is active. Of the whole masks, where sharded."""
+    if optimizer._whole_fingerprint is not None:
+        return optimizer._whole_fingerprint
     if all(mask is None for mask in optimizer._current_masks().values()):
         return DENSE
     masks = optimizer.masks
@@ -205,6 +207,9 @@ PLAIN = (
     "_norm_measured",
     "_skipped",
     "_left",
+    "_shapes",
+    "_regions",
+    "_whole_fingerprint",
 )
 
 
