@@ -103,12 +103,11 @@ class GradientCapture:
         optimizer = self._optimizer()
         if self._sought or optimizer is None or not distributed.several_processes(optimizer):
             return
-        self._sought = not between_passes
         found = distributed.wrapper_of(distributed.plain_parameters(optimizer))
-        if found is not None and between_passes:
-            distributed.release_from_ddp(optimizer, found)
+        if not between_passes:
+            self._ddp, self._sought = found, True
         elif found is not None:
-            self._ddp = found
+            distributed.release_from_ddp(optimizer, found)
 
     def disarm(self) -> None:
         """Removes all hooks: gradients stay dense."""
@@ -132,10 +131,8 @@ class GradientCapture:
         for slot in self._touched:
             slot.seen, slot.gradient = False, None
         if self.averaged:
-            self.averaged = False
-            self._sought = False
+            self.averaged = self._sought = False
             self.take_over(between_passes=True)
-            self._sought = True
         self._touched.clear()
         self._waiting.clear()
         self._waiting_bytes = 0

@@ -54,7 +54,7 @@ def plain_parameters(optimizer: SparseAdamW) -> list[Tensor]:
 
 # ---- finding and changing DDP --------------------------------------------------------------------------------------------
 def wrapper_of(params: Sequence[Tensor]) -> DistributedDataParallel | None:
-    """The DDP instance that reduces gradients of some of these parameters.
+    """The DDP instance that reduces gradients of these parameters, of more than the one that it always keeps.
 
     Parameters do not know their modules, and modules not their wrappers: Python's garbage collector knows them all.
 
@@ -66,7 +66,7 @@ def wrapper_of(params: Sequence[Tensor]) -> DistributedDataParallel | None:
     for thing in gc.get_objects():
         kind = type(thing)
         if issubclass(kind, DistributedDataParallel):
-            if any(id(p) in wanted for p in _reduced(thing)):
+            if sum(id(p) in wanted for p in _reduced(thing)) > 1:
                 found = thing
         elif kind.__name__ == "FullyShardedDataParallel" and any(id(p) in wanted for p in thing.parameters()):
             raise RuntimeError(
