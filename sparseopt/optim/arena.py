@@ -101,6 +101,7 @@ class Arena:
         self.groups = torch.tensor(list(groups), dtype=torch.int32, device=self.device)
         self.hyper: Tensor | None = None
         self._hyper_rows: list[tuple[float, ...]] = []
+        self._empty: tuple[list[float], Tensor] | None = None
 
     def _zeros(self, n: int) -> Tensor:
         return torch.zeros(n, dtype=self.state_dtype, device=self.device)
@@ -207,6 +208,15 @@ class Arena:
                     param.copy_(updated)
         if not follow or all(present):  # else some tensors are still to be compared
             self._look()
+
+    def count_for_empty_parts(self, present: Sequence[bool], skip: Tensor | None) -> None:
+        """Kernels take an empty tensor for an absent one. Where it is an empty part of a sharded one its step counts, too:
+        whichever process saves the count, it is the same."""
+        empty = [float(here and not numel) for here, numel in zip(present, self.plan.numels, strict=True)]
+        if any(empty):
+            if self._empty is None or self._empty[0] != empty:
+                self._empty = (empty, torch.tensor(empty, device=self.device))
+            self.steps += self._empty[1] if skip is None else self._empty[1] * (1 - skip.to(self.device))
 
     def _contiguous(self, present: Sequence[bool]) -> tuple[TensorList, bool]:
         """(the parameters as kernels take them: row by row, without autograd, nothing where absent; whether any is a

@@ -434,6 +434,14 @@ class SparseAdamW(Optimizer):
         """torch's layout (``state``, ``param_groups``) plus ``sparseopt``: format version, mask fingerprint, counters."""
         return checkpoint.state_dict(self)
 
+    def full_state_dict(self) -> dict[str, Any]:
+        """The state dict of one process with the whole model, put together from all processes where it is sharded (FSDP2).
+
+        Every process must call it; the first one gets it, on the CPU, the others ``{}``. :meth:`load_state_dict` takes it,
+        sharded or not. For checkpoints use torch.distributed.checkpoint, which moves no state between processes.
+        """
+        return checkpoint.full_state_dict(self)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores state exactly, by parameter name; also takes the state of a dense ``torch.optim.AdamW``.
 

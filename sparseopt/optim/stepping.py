@@ -53,6 +53,8 @@ def take_step(optimizer: SparseAdamW) -> None:
     for arena, (present, grads) in zip(arenas, sources, strict=True):
         arena.set_hyper(hyper)
         arena.step(present, grads, multiplier, skip)
+        if arena.mesh is not None:
+            arena.count_for_empty_parts(present, skip)
         if isinstance(grads, Tensor):
             # A CUDA graph knows the buffer by its address.
             arena.forget_gradients(keep_buffer=capturable)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import faulthandler
 import multiprocessing as mp
 import os
 import tempfile
@@ -19,6 +20,7 @@ TIMEOUT = 60.0
 
 
 def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group(
@@ -32,7 +34,7 @@ def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
             return
         try:
             pipe.send((True, work(rank, world, *args)))
-        except Exception as error:  # noqa: BLE001 (whatever it is, the test is told)
+        except BaseException as error:  # noqa: BLE001 (whatever it is, the test is told; a CheckpointException is no Exception)
             traceback.print_exc()
             pipe.send((False, f"{type(error).__name__}: {error}"))
 

@@ -29,7 +29,7 @@ def test_equals_one_process_on_the_whole_batch(when: str, accumulate: int, no_sy
     assert_as_alone(results, 2, accumulate)
     for _, _, reduced in results:
         # DDP needs one parameter, the smallest; without capture it reduces all of them.
-        assert (reduced == [8]) == capture
+        assert (reduced == [1]) == capture
 
 
 @pytest.mark.parametrize(
