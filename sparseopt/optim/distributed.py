@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "broadcast_parameters",
     "check_agreement",
+    "forget_left_out",
     "leave_out_of_ddp",
     "reduce_gradients",
     "release_from_ddp",
@@ -102,6 +103,12 @@ def leave_out_of_ddp(model: nn.Module, optimizer: SparseAdamW) -> None:
     """Makes a later ``DistributedDataParallel(model)`` ignore what the optimizer captures, its first broadcast included."""
     names = _names_to_ignore(model, plain_parameters(optimizer))
     setattr(model, IGNORED, sorted(names | set(getattr(model, IGNORED, ()))))
+
+
+def forget_left_out(model: nn.Module) -> None:
+    """Undoes :func:`leave_out_of_ddp`."""
+    if hasattr(model, IGNORED):
+        delattr(model, IGNORED)
 
 
 def release_from_ddp(optimizer: SparseAdamW, ddp: DistributedDataParallel) -> None:

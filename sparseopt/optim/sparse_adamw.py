@@ -192,6 +192,11 @@ class SparseAdamW(Optimizer):
         return {**built, **given}
 
     @property
+    def captures(self) -> bool:
+        """Whether gradients are gathered during backward (``capture_gradients``)."""
+        return self._capture is not None
+
+    @property
     def sharded(self) -> bool:
         """Whether parameters are sharded (FSDP2), so that this process holds masks and state of its own part only."""
         return any(sharding.is_sharded(p) for group in self.param_groups for p in group["params"])
