@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -29,6 +30,11 @@ def main(folder: str, steps: int, resume: str, options: dict[str, Any]) -> None:
         use_cpu=True, seed=0, save_strategy="steps", save_steps=3, disable_tqdm=True, max_grad_norm=0.1,
         lr_scheduler_type="constant", **options,
     )  # fmt: skip
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        # accelerate shards on accelerators only; this is what it knows of a CPU that could.
+        from accelerate.state import DistributedType, PartialState
+
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}))
     so.attach(trainer, masks)
