@@ -100,7 +100,7 @@ def test_train_refuses_sharding(
 def test_train_dpo_writes_once(tmp_path: Path, settings: Callable[..., list[str]]) -> None:
     folder = tmp_path / "run"
     changes = {"delta_log.schedule": "2,10", "delta_log.dir": tmp_path / "log", "training.batch_size": 1,
-               "mask_collection.tolerance": "[1e-12]", "mask_collection.mask_save_interval": 5}  # fmt: skip
+               "grad_acc.tolerance": "1e-12", "grad_acc.mask_save_interval": 5}  # fmt: skip
     pairs = [word for setting in settings(folder, changes) for word in ("--set", setting)]
     done = torchrun(2, "-m", "sparseopt", "train", "dpo", *pairs)
     assert done.returncode == 0, done.stderr
