@@ -3,7 +3,8 @@
 torchrun --nproc-per-node=2 -m sparseopt.benchmarks.scale_out --shape llama-3.2-3b --output FOLDER
 
 Arms: DDP and FSDP2 (``fully_shard``, one group a decoder layer) with torch's fused AdamW, and each with SparseAdamW; under DDP
-its compact gradients are averaged in fp32 or in bf16. Random weights and tokens. Bytes are those that torch's profiler reads
+its compact gradients are averaged in fp32 or in bf16 ("fsdp2 sparse offloaded" keeps weights and state in the host's
+memory). Random weights and tokens. Bytes are those that torch's profiler reads
 off the collectives of one step of rank 0: what all-reduce and reduce-scatter are given, what all-gather gives. Before anything
 is timed, SparseAdamW must give the same weights captured under DDP, captured under FSDP2, and masked from DDP's dense gradients.
 """
@@ -60,12 +61,13 @@ def _model(shape: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     return model.train()
 
 
-def _sharded(model: Any) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
+def _sharded(model: Any, offload: bool) -> nn.Module:
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
+    options: dict[str, Any] = {"offload_policy": CPUOffloadPolicy()} if offload else {}
     for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
 
 
 def _replicated(model: nn.Module, device: torch.device) -> nn.Module:
@@ -77,12 +79,20 @@ def build(arm: str, shape: str, masks: so.MaskSet, device: torch.device, dtype: 
     """(wrapped model, optimizer) of an arm."""
     model = _model(shape, device, dtype)
     kind, way = arm.split(" ")[:2]
-    wrapped = _replicated(model, device) if kind == "ddp" else _sharded(model)
+    if way != "dense" and kind == "ddp":  # optimizer first: DDP makes no buckets
+        optimizer = _sparse(arm, model, masks, **options)
+        optimizer.prepare_ddp(model)
+        return _replicated(model, device), optimizer
+    wrapped = _replicated(model, device) if kind == "ddp" else _sharded(model, "offloaded" in arm)
     if way == "dense":
         return wrapped, torch.optim.AdamW(wrapped.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+    return wrapped, _sparse(arm, wrapped, masks, **options)
+
+
+def _sparse(arm: str, model: nn.Module, masks: so.MaskSet, **options: Any) -> so.SparseAdamW:
     reduce_dtype = torch.bfloat16 if arm.endswith("bf16") else torch.float32
     settings = {"lr": 1e-5, "max_grad_norm": 1.0, "capture_gradients": True, "reduce_dtype": reduce_dtype, **options}
-    return wrapped, so.SparseAdamW(wrapped.named_parameters(), masks=masks, **settings)
+    return so.SparseAdamW(model.named_parameters(), masks=masks, **settings)
 
 
 def stepper(built: Built, tokens: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
@@ -204,13 +214,16 @@ def check(device: torch.device) -> float:
     masks = random_masks(_model("tiny", device, torch.float32), 0.1, device)
     tokens = batches("tiny", 2, 32, device)
     results: list[dict[str, Tensor]] = []
-    for arm, options in {"ddp masked": {"capture_gradients": False}, "ddp sparse": {}, "fsdp2 sparse": {}}.items():
+    ways: dict[str, dict[str, Any]] = {"ddp masked": {"capture_gradients": False}, "ddp sparse": {}, "fsdp2 sparse": {}}
+    if device.type == "cuda":
+        ways["fsdp2 sparse offloaded"] = {}
+    for arm, options in ways.items():
         built = build(arm, "tiny", masks, device, torch.float32, lr=1e-3, **options)
         for number in range(3):
             stepper(built, tokens)(number)
         whole = {n.removeprefix("module."): p.full_tensor() if isinstance(p, DTensor) else p
                  for n, p in built[0].named_parameters()}  # fmt: skip
-        results.append({name: value.detach() for name, value in whole.items()})
+        results.append({name: value.detach().to(device) for name, value in whole.items()})
     worst = max(float((other[n] - results[0][n]).abs().max()) for other in results[1:] for n in other)
     if not worst <= 1e-5:
         raise SystemExit(f"the ways to train differ by {worst}; nothing is measured.")

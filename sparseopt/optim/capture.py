@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparseopt.optim import distributed
-from sparseopt.optim.sharding import local
+from sparseopt.optim.sharding import local, offloaded
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
@@ -79,6 +79,7 @@ class GradientCapture:
         self._sought = False
         self._ddp: DistributedDataParallel | None = None
         self.averaged = False
+        self._stepping = False
         self.arm()
 
     def arm(self) -> None:
@@ -148,6 +149,8 @@ class GradientCapture:
             self.take_over(between_passes=False)
             if self._ddp is not None:
                 return None
+        if not self._stepping and offloaded(param):
+            return None  # it is still on its way to the CPU until backward ends: the step takes it
         arena = optimizer._arenas[slot.arena] if slot.arena >= 0 and not optimizer._dirty else None
         if arena is None or gradient.dtype != arena.dtype or gradient.device != arena.device:
             optimizer._build()  # compares all parameters: not at every hook
@@ -179,10 +182,12 @@ class GradientCapture:
         optimizer = self._optimizer()
         assert optimizer is not None
         self.averaged, self._ddp = self._ddp is not None, None
+        self._stepping = True
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is not None and param in self._slots:
                     self._slots[param](param)
+        self._stepping = False
 
     def flush(self) -> None:
         """Gathers the waiting gradients: one launch for each arena, and for new and accumulating ones."""

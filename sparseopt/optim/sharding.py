@@ -29,6 +29,8 @@ __all__ = [
     "is_sharded",
     "local",
     "mesh_of",
+    "offloaded",
+    "refuse",
     "region_of",
     "settle",
     "slice_bits",
@@ -59,6 +61,11 @@ def local(tensor: Any) -> Tensor:
 
 def mesh_of(param: Any) -> DeviceMesh | None:
     return param.device_mesh if is_sharded(param) else None
+
+
+def offloaded(param: Any) -> bool:
+    """Whether this process keeps its part of a sharded parameter in the host's memory (``CPUOffloadPolicy``)."""
+    return is_sharded(param) and param._local_tensor.device.type != param.device_mesh.device_type
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,12 @@ def region_of(name: str, param: Any) -> Region | None:
     count = row * shape[0] if param.dim() else 1
     begin = min(row * offset[0] if param.dim() else 0, param.numel())
     return Region(begin, begin + count if count else begin, param.numel())
+
+
+def refuse(optimizer: SparseAdamW, what: str) -> None:
+    """Raises RuntimeError where parameters are sharded."""
+    if optimizer.sharded:
+        raise RuntimeError(f"{what} does not work on sharded parameters (FSDP2): use DDP or one GPU.")
 
 
 def group_of(optimizer: SparseAdamW) -> Any:

@@ -367,6 +367,17 @@ class SparseAdamW(Optimizer):
             self._capture.discard()
         super().zero_grad(set_to_none)
 
+    def prepare_ddp(self, model: torch.nn.Module) -> None:
+        """Call it before ``DistributedDataParallel(model)`` to spare DDP's buckets, of the size of all dense gradients.
+
+        Only with ``capture_gradients``, and only for memory: without it DDP makes its buckets, and they are freed at once
+        (an optimizer made after wrapping) or after the first step (one made before). Every process gets the trained
+        parameters of the first one here, since DDP will ignore them.
+        """
+        if self.captures and distributed.several_processes(self):
+            distributed.leave_out_of_ddp(model, self)
+            distributed.broadcast_parameters(self)
+
     # ---- masks and weights that change -----------------------------------------------------------------------------------
     @torch.no_grad()
     def update_masks(self, masks: MaskSet | Mapping[str, Tensor]) -> None:
@@ -379,8 +390,7 @@ class SparseAdamW(Optimizer):
             raise RuntimeError(
                 "update_masks() between backward() and step() would lose captured gradients: call it after step()."
             )
-        if self.sharded:
-            raise RuntimeError("update_masks() does not work on sharded parameters (FSDP2): use DDP or one GPU.")
+        sharding.refuse(self, "update_masks()")
         self._agreed = False
         if self._arenas:
             self._build()
@@ -419,6 +429,7 @@ class SparseAdamW(Optimizer):
 
         Active entries are swapped with a compact copy, made at the first use, which must come before the first step.
         """
+        sharding.refuse(self, "base_weights()")
         with weights.base_weights(self):
             yield
 
@@ -432,6 +443,7 @@ class SparseAdamW(Optimizer):
         After :meth:`load_state_dict` of a training whose masks changed, nobody knows what else differs from the last
         export: the next one holds every entry of the parameters (``changed_only``: that is not known to be the same).
         """
+        sharding.refuse(self, "export_delta()")
         return weights.export_delta(self, changed_only)
 
     # ---- saving, loading, copying ----------------------------------------------------------------------------------------

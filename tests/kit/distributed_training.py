@@ -95,8 +95,10 @@ def under_ddp(rank: int, world: int, when: str, accumulate: int, no_sync: bool, 
     """Weights, norms and bytes of gradient that DDP still reduces, after training; ``when`` the optimizer is made."""
     model = make_model(seed=rank, **model_options)  # of different weights: DDP gives all of them rank 0's
     wrapped: nn.Module
-    if when == "before":
+    if when in ("before", "prepared"):
         optimizer = make_optimizer(model, **options)
+        if when == "prepared":
+            optimizer.prepare_ddp(model)
         wrapped = DistributedDataParallel(model, **ddp_options)
     else:
         wrapped = DistributedDataParallel(model, **ddp_options)
@@ -106,15 +108,61 @@ def under_ddp(rank: int, world: int, when: str, accumulate: int, no_sync: bool, 
     return weights(model), norms, reduced
 
 
+def disagree(rank: int, world: int, what: str) -> str:
+    """The error of a step of processes that differ in something."""
+    model = make_model(seed=rank if what == "weights" else 0)
+    masks = masks_of(model)
+    if what == "masks" and rank == 1:
+        masks["scale"].fill_(False)
+    optimizer = make_optimizer(model, masks=masks, capture_gradients=what != "capture" or rank == 0)
+    wrapped = model if what == "weights" else DistributedDataParallel(model)
+    loss_of(wrapped, batch(0, 0, ROWS)).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def without_ddp(rank: int, world: int, reduce_dtype: torch.dtype) -> Any:
+    """Weights, when nobody wraps the model: the optimizer averages what it captures all the same."""
+    model = make_model()
+    optimizer = make_optimizer(model, capture_gradients=True, reduce_dtype=reduce_dtype)
+    train(model, optimizer, rank, world, world)
+    return weights(model)
+
+
+def used_on_one_rank(rank: int, world: int) -> Any:
+    """The head is used by rank 0 only, and block 2 by nobody: (weights, steps counted) after two steps."""
+    model = make_model()
+    model.blocks = model.blocks[:2] if rank > 1 else model.blocks
+    optimizer = make_optimizer(model, capture_gradients=True)
+    for _ in range(2):
+        hidden = model.blocks[1](model.blocks[0](model.embedding(batch(0, 0, ROWS))))
+        (model.head(hidden) if rank == 0 else hidden).square().mean().backward()
+        optimizer.step()
+    counted = {n: float(optimizer.state[p]["step"]) for n, p in model.named_parameters()}
+    return weights(model), counted, weights(make_model())
+
+
+def infinite_on_one_rank(rank: int, world: int, sharded: bool) -> Any:
+    """(skipped steps, whether any weight changed) after a step whose gradient overflows on rank 1 only."""
+    model: Any = sharded_model() if sharded else make_model()
+    before = full_weights(model) if sharded else weights(model)
+    optimizer = make_optimizer(model, capture_gradients=True)
+    (loss_of(model, batch(0, 0, ROWS)) * (float("inf") if rank == 1 else 1.0)).backward()
+    optimizer.step()
+    after = full_weights(model) if sharded else weights(model)
+    return optimizer.skipped_steps, any(not torch.equal(after[n], before[n]) for n in after)
+
+
 # ---- FSDP2 ---------------------------------------------------------------------------------------------------------------
-def sharded_model(mixed: bool = False, offload: bool = False, **kwargs: Any) -> nn.Module:
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+def sharded_model(mixed: bool = False, **kwargs: Any) -> nn.Module:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {}
     if mixed:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    if offload:
-        options["offload_policy"] = CPUOffloadPolicy()
     model = make_model(**kwargs)
     for block in model.blocks:
         fully_shard(block, **options)
@@ -144,6 +192,36 @@ def under_fsdp(rank: int, world: int, when: str, accumulate: int, no_sync: bool,
         optimizer = make_optimizer(sharded, **options)
     norms = train(sharded, optimizer, rank, world, world, accumulate=accumulate, no_sync=no_sync)
     return full_weights(sharded), norms, optimizer.state_bytes(), optimizer.active_parameters
+
+
+def state_bytes(rank: int, world: int, sharded: bool) -> int:
+    """Bytes of optimizer state on this rank, of a model large enough that tables and rounding do not matter."""
+    from torch.distributed.fsdp import fully_shard
+
+    model: nn.Module = nn.Sequential(*(nn.Linear(257, 256, bias=False) for _ in range(4)))
+    if sharded:
+        fully_shard(model)
+    masks = so.MaskSet.random(nn.Sequential(*(nn.Linear(257, 256, bias=False) for _ in range(4))), 0.1, seed=0)
+    return so.SparseAdamW(model.named_parameters(), masks=masks).state_bytes()
+
+
+def refused_when_sharded(rank: int, world: int) -> list[str]:
+    model = sharded_model()
+    optimizer = make_optimizer(model)
+    optimizer.initialize_state()
+    messages = []
+    for attempt in (
+        lambda: optimizer.masks,
+        lambda: optimizer.update_masks(masks_of(make_model())),
+        optimizer.export_delta,
+        lambda: optimizer.base_weights().__enter__(),
+    ):
+        try:
+            attempt()
+            messages.append("")
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------------
