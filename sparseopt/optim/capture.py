@@ -245,4 +245,3 @@ class GradientCapture:
                 arena.set_gradient(slot.tensor, pending[arena.names[slot.tensor]])
                 slot.seen = True
                 self._touched.append(slot)
-

@@ -44,7 +44,7 @@ class Chunk(Tensor):
             return self.as_subclass(Tensor)
 
     def __deepcopy__(self, memo: Any) -> Chunk:
-        return self.clone()
+        return Chunk.of(self.plain().clone(), self.offset, self.total)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(

@@ -123,9 +123,7 @@ def release_from_ddp(optimizer: SparseAdamW, ddp: DistributedDataParallel) -> No
             "SparseAdamW(capture_gradients=True) cannot change the buckets of this torch release's "
             "DistributedDataParallel: make the optimizer first and leave the model unwrapped, or set capture_gradients=False."
         )
-    ddp.parameters_to_ignore = set(ddp.parameters_to_ignore) | _names_to_ignore(
-        ddp.module, plain_parameters(optimizer)
-    )
+    ddp.parameters_to_ignore = set(ddp.parameters_to_ignore) | _names_to_ignore(ddp.module, plain_parameters(optimizer))
     kept: Any = ddp
     kept._module_parameters = [p for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore]
     parameters, sparse = kept._build_params_for_reducer()

@@ -105,20 +105,19 @@ class SparseAdamW(Optimizer):
         self._options: dict[str, Any] = {
             "unmasked": unmasked, "master_weights": kind, "capture": capture_gradients, "reduce_dtype": reduce_dtype,
         }  # fmt: skip
-        self._reset()
-        self.process_group = process_group
+        self._reset(process_group)
         super().__init__(params, defaults)
         self._names_given = all("param_names" in g for g in self.param_groups)
         names = [name for name, _, _ in self._layout()]
         self._masks = resolve_masks(masks, names, [p for _, p, _ in self._layout()], unmasked, self._names_given)
-        self._shapes = {name: tuple(p.shape) for name, p, _ in self._layout()}
+        self._shapes.update((name, tuple(p.shape)) for name, p, _ in self._layout())
         if capture_gradients:
             self._capture = GradientCapture(self)
             self._capture.take_over(between_passes=True)
 
-    def _reset(self) -> None:
+    def _reset(self, process_group: Any = None) -> None:
         """Everything that is not an option: empty, to be built."""
-        self.process_group: Any = None
+        self.process_group = process_group
         # Of the whole parameters, and which part of one this process has, where it is sharded: masks, state and arenas
         # are of that part.
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -312,7 +311,9 @@ class SparseAdamW(Optimizer):
     def active_parameters(self) -> int:
         """Active entries over all parameters."""
         if self._regions:
-            whole = [sum(a.plan.counts[t] for t, n in enumerate(a.names) if n not in self._regions) for a in self._arenas]
+            whole = [
+                sum(a.plan.counts[t] for t, n in enumerate(a.names) if n not in self._regions) for a in self._arenas
+            ]
             return sum(whole) + sum(region.active for region in self._regions.values())
         if self._dirty:
             return self.masks.active_parameters

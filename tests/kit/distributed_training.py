@@ -83,7 +83,9 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in plain.named_parameters()}
 
 
-def alone(everyone: int, accumulate: int = 1, capture: bool = False, **kwargs: Any) -> tuple[dict[str, Tensor], list[float]]:
+def alone(
+    everyone: int, accumulate: int = 1, capture: bool = False, **kwargs: Any
+) -> tuple[dict[str, Tensor], list[float]]:
     model = make_model(**kwargs)
     norms = train(model, make_optimizer(model, capture_gradients=capture), 0, 1, everyone, accumulate=accumulate)
     return weights(model), norms
@@ -176,7 +178,9 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
 def under_fsdp(rank: int, world: int, when: str, accumulate: int, no_sync: bool, options: dict[str, Any],
                fsdp_options: dict[str, Any]) -> Any:  # fmt: skip
     """Weights, norms, bytes of state and active entries of this rank; ``when`` the optimizer is made."""
-    if when == "before":  # as transformers' Trainer does, and accelerate, which puts the sharded parameters into the groups
+    if (
+        when == "before"
+    ):  # as transformers' Trainer does, and accelerate, which puts the sharded parameters into the groups
         model = make_model()
         optimizer = make_optimizer(model, **options)
         names = [n for n, _ in model.named_parameters()]

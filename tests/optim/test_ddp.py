@@ -92,7 +92,8 @@ def test_processes_that_differ_are_told(what: str, message: str) -> None:
 def test_a_parameter_used_on_one_rank_steps_on_all_and_an_unused_one_nowhere() -> None:
     results = processes(2)(used_on_one_rank)
     for found, counted, start in results:
-        assert counted["head.weight"] == 2 and counted["blocks.2.up.weight"] == 0
+        assert counted["head.weight"] == 2
+        assert counted["blocks.2.up.weight"] == 0
         assert torch.equal(found["blocks.2.up.weight"], start["blocks.2.up.weight"])
         assert not torch.equal(found["head.weight"], start["head.weight"])
         assert all(torch.equal(found[name], results[0][0][name]) for name in found)

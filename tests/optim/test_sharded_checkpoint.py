@@ -30,7 +30,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Tens
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], exact: bool = False) -> None:
     for name, value in expected.items():
         tolerance = 0 if exact else 1e-6
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_two_to_two_continues_bit_for_bit(saved: tuple[str, dict[str, Tensor]]) -> None:
@@ -56,4 +58,5 @@ def test_the_whole_state_dict_loads_in_one_process_and_in_shards(saved: tuple[st
 
 def test_a_part_is_not_pickled_as_if_it_were_all(tmp_path: Path) -> None:
     for good, message in processes(2).outcomes(pickle_a_part, str(tmp_path / "state.pt")):
-        assert not good and "torch.distributed.checkpoint" in message
+        assert not good
+        assert "torch.distributed.checkpoint" in message

@@ -6,6 +6,7 @@ Hosts are network namespaces joined by a virtual cable where the system lets us 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -97,14 +98,15 @@ def test_a_killed_host_ends_the_run_and_it_resumes(tmp_path: Path, hosts: tuple[
     try:
         deadline = time.monotonic() + 120
         while not list(folder.glob("4/.metadata")):
-            assert time.monotonic() < deadline and all(h.poll() is None for h in running), read(tmp_path / "first")
+            assert time.monotonic() < deadline, read(tmp_path / "first")
+            assert all(host.poll() is None for host in running), read(tmp_path / "first")
             time.sleep(0.1)
         kill(running[1])
         began = time.monotonic()
         assert running[0].wait(timeout=60) != 0
         assert time.monotonic() - began < 45
         said = read(tmp_path / "first")
-        assert "Error" in said and ("closed by peer" in said or "Timed out" in said or "timeout" in said.lower()), said
+        assert re.search(r"Error: .*(closed by peer|[Tt]imed? ?out)", said), said
         assert not (folder / "weights.pt").exists()
 
         running = start(*hosts, folder, tmp_path / "second")
@@ -114,7 +116,8 @@ def test_a_killed_host_ends_the_run_and_it_resumes(tmp_path: Path, hosts: tuple[
             if host.poll() is None:
                 kill(host)
     said = read(tmp_path / "second")
-    assert "starts at step 0" not in said and "starts at step" in said
+    assert "starts at step 0" not in said
+    assert "starts at step" in said
     expected = make_model()
     train(expected, make_optimizer(expected), 0, 1, EVERYONE)
     found = torch.load(folder / "weights.pt", weights_only=True)

@@ -51,7 +51,9 @@ def assert_same(folder: Path, alone: tuple[dict[str, Any], dict[str, torch.Tenso
     for name, value in alone[1].items():
         torch.testing.assert_close(weights[name], value, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     assert facts["norms"] == pytest.approx(alone[0]["norms"][-len(facts["norms"]) :], rel=1e-4)
-    assert facts["frozen"] and facts["captures"] and facts["trainable"]
+    assert facts["frozen"]
+    assert facts["captures"]
+    assert facts["trainable"]
     return facts
 
 
@@ -82,19 +84,25 @@ def test_a_checkpoint_of_two_processes_resumes_on_two(tmp_path: Path, alone: Any
 
 def test_accelerate_launch_with_the_shipped_configuration(tmp_path: Path, alone: Any) -> None:
     script, settings = str(KIT / "attached_training.py"), json.dumps({"per_device_train_batch_size": 4})
-    command = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml"), "--main_process_port", "0"]
+    command = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIGS / "cpu.yaml"),
+        "--main_process_port",
+        "0",
+    ]
     done = launch([*command, script, str(tmp_path), "6", "", settings])
     assert done.returncode == 0, done.stderr
     assert assert_same(tmp_path, alone)["world"] == 2
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_train_refuses_sharding(
-    tmp_path: Path, settings: Callable[..., list[str]], variable: str
-) -> None:
+def test_train_refuses_sharding(tmp_path: Path, settings: Callable[..., list[str]], variable: str) -> None:
     pairs = [word for setting in settings(tmp_path / "run") for word in ("--set", setting)]
     done = launch(["-m", "sparseopt", "train", "dpo", *pairs], {variable: "true"})
-    assert done.returncode == 1 and "every GPU" in done.stderr
+    assert done.returncode == 1
+    assert "every GPU" in done.stderr
 
 
 def test_train_dpo_writes_once(tmp_path: Path, settings: Callable[..., list[str]]) -> None:
@@ -105,8 +113,10 @@ def test_train_dpo_writes_once(tmp_path: Path, settings: Callable[..., list[str]
     done = torchrun(2, "-m", "sparseopt", "train", "dpo", *pairs)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 10
-    assert (folder / "results.json").is_file() and (folder / "trained_entries.safetensors").is_file()
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 10
+    assert (folder / "results.json").is_file()
+    assert (folder / "trained_entries.safetensors").is_file()
     assert sorted(p.name for p in (tmp_path / "log").glob("delta_step_*.safetensors")) == [
         "delta_step_10.safetensors", "delta_step_2.safetensors",
     ]  # fmt: skip
