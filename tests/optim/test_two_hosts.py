@@ -106,7 +106,7 @@ def test_a_killed_host_ends_the_run_and_it_resumes(tmp_path: Path, hosts: tuple[
         assert running[0].wait(timeout=60) != 0
         assert time.monotonic() - began < 45
         said = read(tmp_path / "first")
-        assert re.search(r"Error: .*(closed by peer|[Tt]imed? ?out)", said), said
+        assert re.search(r"Error: .*((closed|reset) by peer|[Tt]imed? ?out)", said), said
         assert not (folder / "weights.pt").exists()
 
         running = start(*hosts, folder, tmp_path / "second")
