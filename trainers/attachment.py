@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from sparseopt.masks.maskset import MaskSet, normalize_name
+from sparseopt.optim import distributed
 from sparseopt.optim.sparse_adamw import SparseAdamW
 from sparseopt.optim.sparse_linear import SparseLinear
 
@@ -42,14 +43,18 @@ def attach(
         trainer: a trainer that has not created its optimizer yet.
         masks: what to train, by parameter name. A tied weight may be named by any of its names.
         structured: ``"auto"``: while training runs, linear layers whose mask is made of whole rows or columns compute and
-            keep only what trains (:func:`~sparseopt.sparse_linear`), where gradients are captured and masks do not change.
+            keep only what trains (:func:`~sparseopt.sparse_linear`), in one process, where gradients are captured and masks do not
+            change.
             ``False``: all weight gradients are computed whole.
         sparse_adamw_kwargs: arguments of :class:`~sparseopt.SparseAdamW`. Defaults come from the training arguments
             (learning rate, betas, eps, weight decay, ``max_grad_norm``); ``capture_gradients`` is on unless fp16 loss
-            scaling or several processes rule it out.
+            scaling rules it out: several processes (DDP) then average compact gradients, see :mod:`sparseopt.optim.distributed`.
+
+    Several processes: DDP and FSDP2, started with ``torchrun`` or ``accelerate launch`` (``configs/``).
 
     Raises:
-        ValueError: the trainer has an optimizer already, or the masks do not fit the model.
+        ValueError: the trainer has an optimizer already, the masks do not fit the model, or the trainer runs under DeepSpeed,
+            FSDP1, or FSDP2 with checkpoints in one piece.
     """
     if trainer.optimizer is not None:
         raise ValueError(
@@ -57,8 +62,7 @@ def attach(
             "before train()."
         )
     arguments = trainer.args
-    if getattr(arguments, "deepspeed", None):
-        raise ValueError("SparseAdamW does not run under DeepSpeed ZeRO, which owns the optimizer: use DDP or one GPU.")
+    _refuse_engines(trainer)
     if not isinstance(masks, MaskSet):
         masks = MaskSet.from_bool(masks)
     options = {
@@ -66,14 +70,16 @@ def attach(
         "betas": (arguments.adam_beta1, arguments.adam_beta2),
         "eps": arguments.adam_epsilon,
         "max_grad_norm": arguments.max_grad_norm if arguments.max_grad_norm > 0 else float("inf"),
-        "capture_gradients": not arguments.fp16 and arguments.world_size == 1,
+        "capture_gradients": not arguments.fp16,
         **sparse_adamw_kwargs,
     }
     if structured not in ("auto", False):
         raise ValueError(f"structured must be 'auto' or False, got {structured!r}.")
     model: Any = trainer.model
     resolve_names(model, masks)  # errors belong here, not minutes into training
-    adapter = _Adapter(trainer, masks, options, structured == "auto" and bool(options["capture_gradients"]))
+    # Structured layers were not made for several processes: there all weight gradients are computed whole.
+    skip = structured == "auto" and bool(options["capture_gradients"]) and arguments.world_size == 1
+    adapter = _Adapter(trainer, masks, options, skip)
 
     class SparseAdamWFactory:
         """Called by the trainer with the model it will train."""
@@ -101,6 +107,24 @@ def attach(
             adapter.restore()  # whatever ended it
 
     trainer.train = train_and_restore  # type: ignore[method-assign]
+
+
+def _refuse_engines(trainer: Trainer) -> None:
+    if getattr(trainer.args, "deepspeed", None) or getattr(trainer, "is_deepspeed_enabled", False):
+        raise ValueError(
+            "SparseAdamW does not run under DeepSpeed ZeRO, which owns the optimizer: use DDP or FSDP2 (fsdp_version: 2)."
+        )
+    plugin: Any = getattr(getattr(trainer, "accelerator", None), "state", None)
+    plugin = getattr(plugin, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise ValueError("SparseAdamW does not run under FSDP1, which flattens parameters: set fsdp_version: 2.")
+    if "FULL" in str(plugin.state_dict_type):
+        raise ValueError(
+            "SparseAdamW saves one part per process under FSDP2: set fsdp_state_dict_type: SHARDED_STATE_DICT, got "
+            "FULL_STATE_DICT."
+        )
 
 
 def sparse_optimizer(trainer: Trainer) -> SparseAdamW:
@@ -145,8 +169,9 @@ class _Adapter(TrainerCallback):
     def __init__(self, trainer: Trainer, masks: MaskSet, options: dict[str, Any], structured: bool) -> None:
         self._trainer, self._masks, self._options, self._structured = trainer, masks, options, structured
         self._layers: SparseLinear | None = None
-        self._frozen: list[nn.Parameter] = []
+        self._frozen: set[str] = set()  # names: FSDP2 puts other parameters in place of the model's
         self._optimizer: SparseAdamW | None = None
+        self._left_out = False
 
     def create(self, model: nn.Module) -> SparseAdamW:
         masks = resolve_names(model, self._masks)
@@ -169,7 +194,7 @@ class _Adapter(TrainerCallback):
             if active == 0:
                 # Nothing of it is trained: spare the backward pass its weight gradient.
                 param.requires_grad_(False)
-                self._frozen.append(param)
+                self._frozen.add(name)
                 continue
             groups[0 if name in decay else 1]["params"].append((name, param))
             kept.append(name)
@@ -182,6 +207,7 @@ class _Adapter(TrainerCallback):
         selected = masks.select([name for name in kept if name in masks])
         options = {k: v for k, v in self._options.items() if k != "weight_decay"}
         self._optimizer = SparseAdamW([g for g in groups if g["params"]], masks=selected, **options)
+        self._leave_out(model)
         dynamic = False
         for callback in self._trainer.callback_handler.callbacks:
             made = getattr(callback, "optimizer_made", None)
@@ -193,6 +219,13 @@ class _Adapter(TrainerCallback):
             logger.info("%r", self._layers)
         return self._optimizer
 
+    def _leave_out(self, model: nn.Module) -> None:
+        """DDP, which comes next, is to make no buckets for what is captured."""
+        assert self._optimizer is not None
+        if self._optimizer.captures and distributed.several_processes(self._optimizer):
+            distributed.leave_out_of_ddp(model, self._optimizer)
+            self._left_out = True
+
     def grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
         """What the trainer logs: a tensor that the coming step fills (the trainer asks before the step, reads after)."""
         assert self._optimizer is not None
@@ -201,6 +234,8 @@ class _Adapter(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """State is there before the first step, which then takes as long as the others."""
         if self._optimizer is not None:
+            if self._left_out:  # of DDP's broadcast, too
+                distributed.broadcast_parameters(self._optimizer)
             self._optimizer.initialize_state()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
@@ -212,9 +247,14 @@ class _Adapter(TrainerCallback):
         if self._layers is not None:
             self._layers.remove()
             self._layers = None
-        for param in self._frozen:
-            param.requires_grad_(True)
+        model: Any = self._trainer.model
+        for name, param in model.named_parameters() if self._frozen else ():
+            if normalize_name(name) in self._frozen:
+                param.requires_grad_(True)
         self._frozen.clear()
+        if self._left_out:
+            distributed.forget_left_out(model)
+            self._left_out = False
 
 
 def _reentrant_checkpointing(trainer: Trainer) -> bool:

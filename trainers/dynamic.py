@@ -93,7 +93,9 @@ class DynamicSparsity(TrainerCallback):
         everything = MaskSet.full_like({layer.name: layer.param for layer in layers})
         trainer.add_callback(self)  # before attach()'s own, which allocates the optimizer's state
         try:
-            attach(trainer, everything, **{"unmasked": unmasked, **sparse_adamw_kwargs})
+            # Of several processes every one needs the average of the dense gradients.
+            capture = {"capture_gradients": False} if trainer.args.world_size > 1 else {}
+            attach(trainer, everything, **{"unmasked": unmasked, **capture, **sparse_adamw_kwargs})
         except (TypeError, ValueError):
             trainer.remove_callback(self)
             raise

@@ -130,6 +130,12 @@ class MaskCollector(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        model: Any = None, optimizer: Any = None, **kw: Any) -> None:  # fmt: skip
         self.close()  # an earlier training of this trainer may have ended in an error
+        sparse = sparse_of(optimizer)
+        if sparse is not None and sparse.captures and args.world_size > 1:
+            raise ValueError(
+                "MaskCollector needs gradients averaged over processes, which capture_gradients=True never makes: "
+                "attach(..., capture_gradients=False)."
+            )
         if not state.is_world_process_zero:
             return
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):

@@ -28,7 +28,7 @@ import sparseopt as so
 from sparseopt import models
 from sparseopt._files import atomic_write
 from sparseopt.progress import announce_device
-from sparseopt.trainers import policy
+from sparseopt.trainers import policy, processes
 from sparseopt.trainers.attachment import attach, sparse_optimizer
 from sparseopt.trainers.bookkeeping import cost_of, tracking, versions
 from sparseopt.trainers.callbacks import InterruptGuard, MetricsFile, StepTimer, TrainProgress
@@ -117,9 +117,10 @@ class Run(abc.ABC):
 
     def _execute(self) -> Path:
         began, path, config = time.monotonic(), self.folder.path, self.config
+        processes.refuse_sharding()
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()  # its bars of an instant would fill a log
-        self.device = announce_device(config["training"]["device"])
+        self.device = announce_device(processes.own_device(config["training"]["device"]))
         set_seed(config["training"]["seed"])
         schedule = self._schedule()
         self._load_model()
@@ -129,12 +130,15 @@ class Run(abc.ABC):
         described = self.load_data()
         arguments = self.arguments()
         say(described)
-        self.folder.begin(resume)
+        if processes.is_first():
+            self.folder.begin(resume)
+        processes.wait()
         if resume:
             checkpoint = self.folder.checkpoint
             where = "its evaluation" if self.folder.trained else checkpoint.name if checkpoint else "its beginning"
             say(f"Resuming the run in {path} from {where}.")
 
+        # Every process evaluates, so that none waits for another; the first one writes.
         before = self._before(path / "before.json")
         if self.folder.trained:
             self.model = policy.restore_outcome(self.way, self.model, path)
@@ -142,6 +146,9 @@ class Run(abc.ABC):
             with tracking(self.project, path):
                 self._train(arguments, given, schedule)
         after = self.evaluate(self.model, "after")
+        processes.wait()
+        if not processes.is_first():
+            return path
         if config["output"]["save_model"]:
             policy.save_folder(self.model, path / ("adapter" if self.way == "lora" else "model"), self.tokenizer)
         results = {
@@ -178,8 +185,13 @@ class Run(abc.ABC):
 
     def _before(self, path: Path) -> dict[str, Any]:
         """The evaluation before training; a resumed run finds it, since the model is another by then."""
-        if not path.is_file():
-            atomic_write(path, json.dumps(self.evaluate(self.model, "before")))
+        kept = path.is_file()
+        processes.wait()  # all of them evaluate, or none
+        if not kept:
+            found = json.dumps(self.evaluate(self.model, "before"))
+            if processes.is_first():
+                atomic_write(path, found)
+            processes.wait()
         self.before: dict[str, Any] = json.loads(path.read_text())
         return self.before
 
@@ -188,7 +200,8 @@ class Run(abc.ABC):
         path, settings = self.folder.path, self.config["optimizer"]
         timer, guard, progress = StepTimer(path / "timing_info.json"), InterruptGuard(), TrainProgress()
         logger = self._delta_logger(schedule) if schedule else None
-        callbacks: list[TrainerCallback] = [MetricsFile(path / "metrics.jsonl"), timer]
+        first = processes.is_first()
+        callbacks: list[TrainerCallback] = [MetricsFile(path / "metrics.jsonl"), timer] if first else []
         callbacks += [callback for callback in (logger, self.collector) if callback is not None]
         # Tokenisation bars flash by; the long parts (reference, scoring, training, evaluation) have bars of their own.
         disable_progress_bars()
@@ -205,13 +218,15 @@ class Run(abc.ABC):
             say(
                 f"Training {masks.active_parameters:,} of {masks.total_parameters:,} weights; the others stay as they are."
             )
+            # Masks are collected from gradients averaged over the processes, which capturing never makes.
+            averaged = self.collector is not None and arguments.world_size > 1
             attach(
-                trainer, masks, capture_gradients=settings["capture_gradients"],
+                trainer, masks, capture_gradients=settings["capture_gradients"] and not averaged,
                 master_weights=settings["master_weights"], structured="auto" if settings["structured"] else False,
             )  # fmt: skip
         else:
             self._say_dense(trainer)
-        for callback in (guard, progress):
+        for callback in (guard, progress) if first else (guard,):
             trainer.add_callback(callback)
         try:
             # As a context the logger tells of an error of its last record, whatever else ended training.
@@ -229,6 +244,8 @@ class Run(abc.ABC):
             raise RuntimeError(f"entries outside the mask changed in {len(changed)} parameters, first {changed[0]!r}.")
         delta = sparse_optimizer(trainer).export_delta() if masks is not None else None
         self.model = trainer.model  # type: ignore[assignment]
+        if not first:
+            return
         policy.keep_outcome(self.way, trainer.model, delta, path)
         cost = {**cost_of(trainer, masks), "train_seconds": round(state.log_history[-1]["train_runtime"], 1)}
         if masks is not None:
@@ -242,11 +259,15 @@ class Run(abc.ABC):
     def _masks(self, trainer: Trainer, given: so.MaskSet | None) -> so.MaskSet:
         """The masks of this run: what its folder has already, was given, or is found. They cover every parameter."""
         kept = self.folder.path / MASK
-        if kept.is_file():
+        found = kept.is_file()
+        processes.wait()
+        if found:
             return so.MaskSet.load(kept)
         masks = given if given is not None else policy.find_masks(self.config, trainer, self.model)
-        masks.save(kept)
-        return masks
+        if processes.is_first():
+            masks.save(kept)
+        processes.wait()
+        return masks if processes.is_first() else so.MaskSet.load(kept)  # each may have seen gradients of other samples
 
     def _say_dense(self, trainer: Trainer) -> None:
         model: Any = trainer.model
@@ -350,5 +371,7 @@ def _changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
 
 
 def say(text: str) -> None:
-    """One line on stderr, where progress goes."""
+    """One line on stderr, where progress goes; from the first process."""
+    if not processes.is_first():
+        return
     print(text, file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from sparseopt._schema import TensorList
 from sparseopt.optim.plan import IndexPlan
 from sparseopt.optim.plan_on_device import build_on_device
 from sparseopt.reference import join_master, split_master
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Arena", "Saved"]
 
@@ -38,7 +42,9 @@ class Arena:
     """Flat state for T tensors with N active entries (see :mod:`sparseopt._schema`).
 
     Attributes:
-        names, params: the T tensors.
+        names, params: the T tensors; of sharded parameters this process' part.
+        owners: the parameters that have gradients: ``params``, or the DTensors whose parts they are.
+        mesh: of the DTensors.
         plan: where the active entries are.
         steps: fp32[T]; exp_avg, exp_avg_sq, max_exp_avg_sq: fp32[N] (fp64[N] for fp64 parameters).
         residual: int16[N], what a 16-bit weight lacks of its fp32 master weight, or None.
@@ -62,6 +68,8 @@ class Arena:
         master_weights: str | None,
     ) -> None:
         self.names, self.params = list(names), list(params)
+        self.owners: Sequence[Tensor] = self.params
+        self.mesh: DeviceMesh | None = None
         self.device, self.dtype = params[0].device, params[0].dtype
         self.plan = IndexPlan.build(packed, [p.numel() for p in params]).to(self.device)
         self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -95,6 +103,7 @@ class Arena:
         self.groups = torch.tensor(list(groups), dtype=torch.int32, device=self.device)
         self.hyper: Tensor | None = None
         self._hyper_rows: list[tuple[float, ...]] = []
+        self._empty: tuple[list[float], Tensor] | None = None
 
     def _zeros(self, n: int) -> Tensor:
         return torch.zeros(n, dtype=self.state_dtype, device=self.device)
@@ -211,6 +220,15 @@ class Arena:
                     param.copy_(updated)
         if not follow or all(present):  # else some tensors are still to be compared
             self._look()
+
+    def count_for_empty_parts(self, present: Sequence[bool], skip: Tensor | None) -> None:
+        """Kernels take an empty tensor for an absent one. Where it is an empty part of a sharded one its step counts, too:
+        whichever process saves the count, it is the same."""
+        empty = [float(here and not numel) for here, numel in zip(present, self.plan.numels, strict=True)]
+        if any(empty):
+            if self._empty is None or self._empty[0] != empty:
+                self._empty = (empty, torch.tensor(empty, device=self.device))
+            self.steps += self._empty[1] if skip is None else self._empty[1] * (1 - skip.to(self.device))
 
     def _contiguous(self, present: Sequence[bool]) -> tuple[TensorList, bool]:
         """(the parameters as kernels take them: row by row, without autograd, nothing where absent; whether any is a

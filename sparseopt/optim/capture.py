@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparseopt.optim import structured
+from sparseopt.optim import distributed, structured
+from sparseopt.optim.sharding import local, offloaded
 
 if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
     from sparseopt.optim.arena import Arena
     from sparseopt.optim.sparse_adamw import SparseAdamW
 
@@ -47,6 +50,7 @@ class _Slot:
     def __call__(self, param: Tensor) -> None:
         gradient = param.grad
         if gradient is not None:
+            gradient = local(gradient)
             arena = self.capture.home(self, param, gradient)
             if arena is not None:
                 if self.capture.observer is not None:
@@ -88,6 +92,12 @@ class GradientCapture:
         self._waiting: list[_Slot] = []
         self._waiting_bytes = 0
         self.observer: Callable[[Tensor, Tensor], None] | None = None
+        # Several processes: whether it is known who reduces dense gradients; the DDP that does so in this step still; and
+        # whether the captured gradients are averaged already.
+        self._sought = False
+        self._ddp: DistributedDataParallel | None = None
+        self.averaged = False
+        self._stepping = False
         self.arm()
 
     def arm(self) -> None:
@@ -104,6 +114,20 @@ class GradientCapture:
         for param, slot in self._slots.items():
             arena, slot.tensor = optimizer._slots.get(param, (None, 0))
             slot.arena = positions.get(id(arena), -1)
+
+    def take_over(self, between_passes: bool) -> None:
+        """Where several processes train: takes the parameters out of DDP's buckets, once.
+
+        During a backward pass DDP's buckets cannot be changed: that step takes the gradients as DDP averages them.
+        """
+        optimizer = self._optimizer()
+        if self._sought or optimizer is None or not distributed.several_processes(optimizer):
+            return
+        found = distributed.wrapper_of(distributed.plain_parameters(optimizer))
+        if not between_passes:
+            self._ddp, self._sought = found, True
+        elif found is not None:
+            distributed.release_from_ddp(optimizer, found)
 
     def disarm(self) -> None:
         """Removes all hooks: gradients stay dense."""
@@ -128,6 +152,9 @@ class GradientCapture:
         """After a step: the next gradients start anew."""
         for slot in self._touched:
             slot.seen, slot.gradient = False, None
+        if self.averaged:
+            self.averaged = self._sought = False
+            self.take_over(between_passes=True)
         self._touched.clear()
         self._waiting.clear()
         self._waiting_bytes = 0
@@ -139,11 +166,12 @@ class GradientCapture:
         if optimizer is None:
             self.disarm()
             return None
-        if not self._touched and _in_process_group():
-            raise RuntimeError(
-                "capture_gradients=True under torch.distributed is not supported yet: gradients would be captured before "
-                "they are averaged over ranks. Set capture_gradients=False."
-            )
+        if not self._touched:
+            self.take_over(between_passes=False)
+            if self._ddp is not None:
+                return None
+        if not self._stepping and offloaded(param):
+            return None  # it is still on its way to the CPU until backward ends: the step takes it
         arena = optimizer._arenas[slot.arena] if slot.arena >= 0 and not optimizer._dirty else None
         if arena is None or gradient.dtype != arena.dtype or gradient.device != arena.device:
             optimizer._build()  # compares all parameters: not at every hook
@@ -175,10 +203,13 @@ class GradientCapture:
         """Captures gradients that somebody put into ``param.grad`` by hand."""
         optimizer = self._optimizer()
         assert optimizer is not None
+        self.averaged, self._ddp = self._ddp is not None, None
+        self._stepping = True
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is not None and param in self._slots:
                     self._slots[param](param)
+        self._stepping = False
 
     def flush(self) -> None:
         """Gathers the waiting gradients: one launch for each arena, for new and accumulating, dense and compact ones."""
@@ -236,11 +267,3 @@ class GradientCapture:
                 arena.set_gradient(slot.tensor, pending[arena.names[slot.tensor]])
                 slot.seen = True
                 self._touched.append(slot)
-
-
-def _in_process_group() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparseopt.masks.maskset import MaskSet, normalize_name
-from sparseopt.optim import arguments, checkpoint, stepping, structured, weights
+from sparseopt.optim import arguments, checkpoint, distributed, sharding, stepping, structured, weights
 from sparseopt.optim.arena import Arena, Saved
 from sparseopt.optim.arguments import check_dtypes, check_hyperparameters, refuse_shared_storage, resolve_masks
 from sparseopt.optim.capture import GradientCapture
@@ -54,6 +54,9 @@ class SparseAdamW(Optimizer):
         capture_gradients: gather the active entries as backward produces each gradient and free the dense gradient.
             Use ``opt.zero_grad()`` to discard what was captured; ``step()`` consumes it.
         capturable: as in torch; the step never waits for the device in any case.
+        reduce_dtype: of the captured gradients that several processes average, one all-reduce at each step:
+            ``torch.float32``, or ``torch.bfloat16`` for half the bytes.
+        process_group: the processes that average captured gradients; None: all.
 
     Raises:
         ValueError: masks that do not fit the parameters, or hyper-parameters out of range.
@@ -80,6 +83,8 @@ class SparseAdamW(Optimizer):
         correct_bias: bool = True,
         capture_gradients: bool = False,
         capturable: bool = False,
+        reduce_dtype: torch.dtype = torch.float32,
+        process_group: Any = None,
     ) -> None:
         if unmasked not in ("error", "freeze", "dense"):
             raise ValueError(f"unmasked must be 'error', 'freeze' or 'dense', got {unmasked!r}.")
@@ -87,6 +92,8 @@ class SparseAdamW(Optimizer):
             raise ValueError(f"master_weights must be True, False, 'residual' or 'fp32', got {master_weights!r}.")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
+        if reduce_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"reduce_dtype must be torch.float32 or torch.bfloat16, got {reduce_dtype}.")
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize, "correct_bias": correct_bias, "capturable": capturable,
@@ -95,17 +102,28 @@ class SparseAdamW(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.adopt_masks = False
         kind = "residual" if master_weights is True else master_weights or None
-        self._options: dict[str, Any] = {"unmasked": unmasked, "master_weights": kind, "capture": capture_gradients}
-        self._reset()
+        self._options: dict[str, Any] = {
+            "unmasked": unmasked, "master_weights": kind, "capture": capture_gradients, "reduce_dtype": reduce_dtype,
+        }  # fmt: skip
+        self._reset(process_group)
         super().__init__(params, defaults)
         self._names_given = all("param_names" in g for g in self.param_groups)
         names = [name for name, _, _ in self._layout()]
         self._masks = resolve_masks(masks, names, [p for _, p, _ in self._layout()], unmasked, self._names_given)
+        self._shapes.update((name, tuple(p.shape)) for name, p, _ in self._layout())
         if capture_gradients:
             self._capture = GradientCapture(self)
+            self._capture.take_over(between_passes=True)
 
-    def _reset(self) -> None:
+    def _reset(self, process_group: Any = None) -> None:
         """Everything that is not an option: empty, to be built."""
+        self.process_group = process_group
+        # Of the whole parameters, and which part of one this process has, where it is sharded: masks, state and arenas
+        # are of that part.
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._regions: dict[str, sharding.Region] = {}
+        self._whole_fingerprint: str | None = None
+        self._agreed = False  # with the other processes, on masks
         self._arenas: list[Arena] = []
         self._slots: dict[Tensor, tuple[Arena, int]] = {}
         # What the next build uses: packed masks by name (None: all active) and state by name.
@@ -172,8 +190,23 @@ class SparseAdamW(Optimizer):
         return {**built, **given}
 
     @property
+    def captures(self) -> bool:
+        """Whether gradients are gathered during backward (``capture_gradients``)."""
+        return self._capture is not None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are sharded (FSDP2), so that this process holds masks and state of its own part only."""
+        return any(sharding.is_sharded(p) for group in self.param_groups for p in group["params"])
+
+    @property
     def masks(self) -> MaskSet:
         """The masks in force, rebuilt from the indices."""
+        if self._regions:
+            raise RuntimeError(
+                "a process of a sharded training has its part of the masks only: keep the MaskSet that the optimizer was "
+                "given."
+            )
         packed = self._current_masks()
         full, shapes = {}, {}
         for name, param, _ in self._layout():
@@ -192,29 +225,36 @@ class SparseAdamW(Optimizer):
         FSDP2 puts other tensors into the groups, models move to other devices and dtypes: state and captured gradients
         follow by name.
         """
-        glance = [(id(p), p.data_ptr(), i, g["amsgrad"]) for i, g in enumerate(self.param_groups) for p in g["params"]]
+        glance = [
+            (id(p), sharding.local(p).data_ptr(), i, g["amsgrad"])
+            for i, g in enumerate(self.param_groups)
+            for p in g["params"]
+        ]
         if not self._dirty and glance == self._glance:
             return  # moving a parameter or changing its dtype moves its data
+        sharding.settle(self)
         layout = self._layout()
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
         self._glance = glance
         built = (amsgrad, [(id(p), g, p.device, p.dtype) for _, p, g in layout])
         if not self._dirty and built == self._built:
             return
-        refuse_shared_storage((name, param) for name, param, _ in layout)
+        refuse_shared_storage((name, sharding.local(param)) for name, param, _ in layout)
         saved = {**self._extract(), **self._saved}
         masks = self._current_masks()
-        buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        buckets: dict[tuple[torch.device, torch.dtype, Any], list[int]] = {}
         for i, (_, param, _) in enumerate(layout):
-            buckets.setdefault((param.device, param.dtype), []).append(i)
+            held = sharding.local(param)
+            buckets.setdefault((held.device, held.dtype, sharding.mesh_of(param)), []).append(i)
         pending = {} if self._capture is None else self._capture.pending()
         arenas, slots = [], {}
-        for members in buckets.values():
+        for (_, _, mesh), members in buckets.items():
             names, params, groups = zip(*(layout[i] for i in members), strict=True)
             arena = Arena(
-                names, params, [masks[n] for n in names], groups, amsgrad=amsgrad,
+                names, [sharding.local(p) for p in params], [masks[n] for n in names], groups, amsgrad=amsgrad,
                 master_weights=self._options["master_weights"],
             )  # fmt: skip
+            arena.owners, arena.mesh = params, mesh
             for t, name in enumerate(names):
                 if name in saved:
                     arena.adopt(t, saved[name])
@@ -268,6 +308,11 @@ class SparseAdamW(Optimizer):
     @property
     def active_parameters(self) -> int:
         """Active entries over all parameters."""
+        if self._regions:
+            whole = [
+                sum(a.plan.counts[t] for t, n in enumerate(a.names) if n not in self._regions) for a in self._arenas
+            ]
+            return sum(whole) + sum(region.active for region in self._regions.values())
         if self._dirty:
             return self.masks.active_parameters
         return sum(arena.plan.active for arena in self._arenas)
@@ -323,6 +368,17 @@ class SparseAdamW(Optimizer):
             self._capture.discard()
         super().zero_grad(set_to_none)
 
+    def prepare_ddp(self, model: torch.nn.Module) -> None:
+        """Call it before ``DistributedDataParallel(model)`` to spare DDP's buckets, of the size of all dense gradients.
+
+        Only with ``capture_gradients``, and only for memory: without it DDP makes its buckets, and they are freed at once
+        (an optimizer made after wrapping) or after the first step (one made before). Every process gets the trained
+        parameters of the first one here, since DDP will ignore them.
+        """
+        if self.captures and distributed.several_processes(self):
+            distributed.leave_out_of_ddp(model, self)
+            distributed.broadcast_parameters(self)
+
     # ---- masks and weights that change -----------------------------------------------------------------------------------
     @torch.no_grad()
     def update_masks(
@@ -341,6 +397,8 @@ class SparseAdamW(Optimizer):
             raise RuntimeError(
                 "update_masks() between backward() and step() would lose captured gradients: call it after step()."
             )
+        sharding.refuse(self, "update_masks()")
+        self._agreed = False
         if self._arenas:
             self._build()
         params = {name: param for name, param, _ in self._layout()}
@@ -380,6 +438,7 @@ class SparseAdamW(Optimizer):
 
         Active entries are swapped with a compact copy, made at the first use, which must come before the first step.
         """
+        sharding.refuse(self, "base_weights()")
         with weights.base_weights(self):
             yield
 
@@ -393,12 +452,21 @@ class SparseAdamW(Optimizer):
         After :meth:`load_state_dict` of a training whose masks changed, nobody knows what else differs from the last
         export: the next one holds every entry of the parameters (``changed_only``: that is not known to be the same).
         """
+        sharding.refuse(self, "export_delta()")
         return weights.export_delta(self, changed_only)
 
     # ---- saving, loading, copying ----------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """torch's layout (``state``, ``param_groups``) plus ``sparseopt``: format version, mask fingerprint, counters."""
         return checkpoint.state_dict(self)
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The state dict of one process with the whole model, put together from all processes where it is sharded (FSDP2).
+
+        Every process must call it; the first one gets it, on the CPU, the others ``{}``. :meth:`load_state_dict` takes it,
+        sharded or not. For checkpoints use torch.distributed.checkpoint, which moves no state between processes.
+        """
+        return checkpoint.full_state_dict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores state exactly, by parameter name; also takes the state of a dense ``torch.optim.AdamW``.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparseopt._modules import module_kind, module_name
 from sparseopt.masks._structured import whole_groups
 from sparseopt.masks.maskset import MaskSet, normalize_name
-from sparseopt.optim import structured
+from sparseopt.optim import distributed, structured
 from sparseopt.optim.structured import StructuredUse
 
 __all__ = ["SparseLinear", "sparse_linear"]
@@ -68,6 +68,10 @@ class SparseLinear:
 
     # ---- finding -----------------------------------------------------------------------------------------------------
     def _install(self, masks: MaskSet | Mapping[str, Tensor]) -> None:
+        if distributed.several_processes():
+            raise ValueError(
+                "sparse_linear works in one process; under DDP and FSDP2 leave it out, and weight gradients are computed whole."
+            )
         if not isinstance(masks, MaskSet):
             masks = MaskSet.from_bool(masks)
         aliases = {normalize_name(n): p for n, p in self.model.named_parameters(remove_duplicate=False)}

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sparseopt import functional
 from sparseopt._schema import HYPER_COLUMNS
+from sparseopt.optim import distributed
+from sparseopt.optim.sharding import local, sum_over_shards
 
 if TYPE_CHECKING:
     from sparseopt.optim.arena import Arena
@@ -34,6 +36,9 @@ def take_step(optimizer: SparseAdamW) -> None:
                 "SparseAdamW captured no gradient since the last step: run backward() first (was the model's "
                 "forward run under no_grad, or zero_grad() called after backward()?)."
             )
+    if not optimizer._agreed:
+        distributed.check_agreement(optimizer)
+        optimizer._agreed = True
     multiplier, skip = _loss_scale(optimizer)
     sources = [_gradients(optimizer, arena) for arena in arenas]
     if optimizer.max_grad_norm is not None and sources:
@@ -48,6 +53,8 @@ def take_step(optimizer: SparseAdamW) -> None:
     for arena, (present, grads) in zip(arenas, sources, strict=True):
         arena.set_hyper(hyper)
         arena.step(present, grads, multiplier, skip)
+        if arena.mesh is not None:
+            arena.count_for_empty_parts(present, skip)
         if isinstance(grads, Tensor):
             # A CUDA graph knows the buffer by its address.
             arena.forget_gradients(keep_buffer=capturable)
@@ -57,15 +64,19 @@ def take_step(optimizer: SparseAdamW) -> None:
 
 def _gradients(optimizer: SparseAdamW, arena: Arena) -> tuple[list[bool], Sequence[Tensor] | Tensor]:
     """(which tensors have a gradient, the gradients: dense, or compact when captured or clipped)."""
-    if optimizer._capture is not None:
-        return optimizer._capture.present(arena), arena.gradient_buffer()
+    capture = optimizer._capture
+    if capture is not None:
+        here = capture.present(arena)
+        if arena.mesh is None and not capture.averaged and distributed.several_processes(optimizer):
+            here = distributed.reduce_gradients(optimizer, arena, here)
+        return here, arena.gradient_buffer()
     grads = []
-    for name, param in zip(arena.names, arena.params, strict=True):
-        grad = param.grad
+    for name, param in zip(arena.names, arena.owners, strict=True):
+        grad = None if param.grad is None else local(param.grad)
         if grad is not None and grad.layout != torch.strided:
             raise RuntimeError(f"SparseAdamW does not support sparse gradients (parameter {name!r}).")
         grads.append(arena.nothing if grad is None else grad.detach().contiguous())
-    present = [param.grad is not None for param in arena.params]
+    present = [param.grad is not None for param in arena.owners]
     if optimizer.max_grad_norm is None:
         return present, grads
     arena.gather(0, grads, accumulate=False)
@@ -80,7 +91,12 @@ def _clip(
     if optimizer._clipping is None:
         optimizer._clipping = torch.ones_like(norm), torch.zeros_like(norm)
     multiplier, skip = optimizer._clipping
-    squares = [arena.squares.to(norm.device) for arena in optimizer._arenas]
+    squares = [
+        (arena.squares if arena.mesh is None else sum_over_shards(optimizer, arena.mesh, arena.squares)).to(norm.device)
+        for arena in optimizer._arenas
+    ]
+    if any(arena.mesh is not None for arena in optimizer._arenas):
+        squares = [part.double() for part in squares]
     functional.clip_coefficient_(
         squares[0] if len(squares) == 1 else torch.cat(squares), float(max_norm), norm=norm, multiplier=multiplier,
         skip=skip, inverse_scale=_number(inverse_scale, norm), found_inf=_number(found_inf, norm),

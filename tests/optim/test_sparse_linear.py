@@ -270,3 +270,12 @@ def test_gradients_are_never_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes == [64 * 2 * 4] * 4
     assert all(p.grad is None for p in model.parameters())
     opt.step()
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    before = {type(module) for module in model.modules()}
+    monkeypatch.setattr("sparseopt.optim.distributed.several_processes", lambda optimizer=None: True)
+    with pytest.raises(ValueError, match="sparse_linear works in one process"):
+        so.sparse_linear(model, so.MaskSet.full_like(model))
+    assert {type(module) for module in model.modules()} == before
