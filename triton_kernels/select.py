@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, no-redef"
 """select_entries: of each tensor, the active entries of smallest |score|, or the inactive ones of largest; exact counts.
 
 scores: T tensors of one dtype; packed: uint8[B], their masks one behind the other (:mod:`sparseopt._schema`); counts: int64[T].

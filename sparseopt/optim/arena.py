@@ -382,7 +382,7 @@ class Arena:
         self.squares = torch.zeros(
             len(self.plan.chunks) * self.plan.squares_per_chunk, dtype=self.state_dtype, device=self.device
         )
-        self.compact = None
+        self.compact = self._compact_chunks = None
         self._seen = []
 
     def _spans(self, changed: Sequence[int]) -> list[tuple[int, int]]:

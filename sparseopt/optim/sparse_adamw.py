@@ -267,7 +267,7 @@ class SparseAdamW(Optimizer):
         for param, (arena, t) in slots.items():
             self.state[param] = arena.state(t)
         for name, param, _ in layout:
-            structured.follow(param, masks[name], self.adopt_masks or name in self._changing, name)
+            structured.follow(param, masks[name], self.adopt_masks, name)
         if self._capture is not None:
             self._capture.arm()
             self._capture.restore(pending)
@@ -403,10 +403,10 @@ class SparseAdamW(Optimizer):
             self._build()
         params = {name: param for name, param, _ in self._layout()}
         given = arguments.new_masks(masks, params)
+        for name in given.names:
+            structured.follow(params[name], given.packed(name), True, name)
         if not self._arenas:  # nothing is allocated yet, and need not be for masks that will not be used
             self._masks.update({name: given.packed(name) for name in given.names})
-            for name in given.names:
-                structured.follow(params[name], given.packed(name), True, name)
             return
         near = {name: copies[name] for name in given.names if name in copies} if copies else {}
         old = {name: self._near.get(name, self._known[name]) for name in given.names}
