@@ -24,7 +24,7 @@ import torch
 import sparseopt as so
 from sparseopt._files import atomic_write
 from sparseopt.benchmarks import train_results, train_work
-from sparseopt.optim import arena
+from sparseopt.optim import remapping
 from sparseopt.optim.dynamic.engine import DynamicSparsity
 from sparseopt.optim.plan_on_device import build_on_device
 from sparseopt.progress import Progress, announce_device
@@ -70,7 +70,7 @@ def measure(
     optimizer.update_masks = _timed(optimizer.update_masks, device, following)  # type: ignore[method-assign]
     engine._choose = _timed(engine._choose, device, selecting)  # type: ignore[method-assign]
     planning = list[float]()
-    arena.build_on_device = _timed(build_on_device, device, planning)
+    remapping.build_on_device = _timed(build_on_device, device, planning)
     times: dict[str, list[float]] = {"ordinary": [], "before": [], "update": [], "whole": []}
     peaks: dict[str, int] = {}
     # The first update compiles; only what follows counts.
@@ -104,7 +104,7 @@ def measure(
     if target == "weights":
         _check(engine)
     engine.close()
-    arena.build_on_device = build_on_device
+    remapping.build_on_device = build_on_device
     spans = {
         "ordinary_step_ms": times["ordinary"], "step_before_update_ms": times["before"], "update_ms": times["update"],
         "selecting_ms": selecting, "state_following_ms": following, "step_with_update_ms": times["whole"],

@@ -12,18 +12,12 @@ from torch import Tensor
 from sparseopt import _backend, functional
 from sparseopt._schema import TensorList
 from sparseopt.optim.plan import IndexPlan
-from sparseopt.optim.plan_on_device import build_on_device
 from sparseopt.reference import join_master, split_master
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Arena", "Saved"]
-
-# Entries (and the rest of their tensor) that follow new masks in one launch: more make fewer launches, and need more memory.
-ENTRIES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}
-# Cohorts are numbered in a byte; beyond that the two oldest, whose bias corrections are nearly equal, become one.
-MAX_COHORTS = 256
 
 
 @dataclass
@@ -89,11 +83,7 @@ class Arena:
             self._look()
         self.cohorts: Tensor | None = None
         self.births: Tensor | None = None
-        self.compact: Tensor | None = None
-        self._compact_chunks: Tensor | None = None
-        self.squares = torch.zeros(
-            len(self.plan.chunks) * self.plan.squares_per_chunk, dtype=self.state_dtype, device=self.device
-        )
+        self.follow_plan()
         self.nothing = params[0].detach().new_empty(0)  # stands for a tensor that takes no part
         self.dense_bytes = [p.numel() * p.element_size() for p in params]
         # Addresses and presence of the parameters, and what a step passes for them.
@@ -156,6 +146,18 @@ class Arena:
             for c, value in enumerate(row):
                 if isinstance(value, Tensor):
                     self.hyper[r, c].copy_(value.detach().reshape(()), non_blocking=True)
+
+    def follow_plan(self) -> None:
+        """Buffers of gradients for the plan as it is, with nothing in them."""
+        self.compact: Tensor | None = None
+        self._compact_chunks: Tensor | None = None
+        self.squares = torch.zeros(
+            len(self.plan.chunks) * self.plan.squares_per_chunk, dtype=self.state_dtype, device=self.device
+        )
+
+    def forget_versions(self) -> None:
+        """The next step compares every master with the weight that is there."""
+        self._seen = []
 
     # ---- gradients and the step --------------------------------------------------------------------------------------
     def gradient_buffer(self) -> Tensor:
@@ -315,7 +317,7 @@ class Arena:
             buffer = getattr(self, name)
             if buffer is not None:
                 buffer[entries] = values[name].reshape(-1).to(self.device, buffer.dtype)
-        self._seen = []  # compare with the weights at the next step, whatever was loaded when
+        self.forget_versions()  # whatever was loaded when
         if "cohorts" in values:
             self._adopt_ages(tensor, values["cohorts"], values["births"].to(self.device))
 
@@ -341,84 +343,6 @@ class Arena:
             self.births = wider
         self.births[tensor, : births.numel()] = births
         self.cohorts[self.plan.arena(tensor)] = cohorts.to(self.device)
-
-    # ---- other masks ---------------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def change_masks(self, packed: Sequence[Tensor | None], changed: Sequence[int]) -> None:
-        """Other entries are active from now on.
-
-        Survivors keep all they have; new entries have zero moments, age 0, and the weight that is there as master and base.
-        ``ENTRIES_AT_ONCE`` entries take one launch, whatever the number of tensors, and only they exist twice at a time
-        (where the number of active entries changes: all, one kind of state after the other).
-
-        Args:
-            packed: of every tensor, None: all active.
-            changed: positions of the tensors whose mask may be another one.
-        """
-        old = self.plan
-        if self.device.type == "cpu":
-            self.plan = IndexPlan.build(packed, old.numels)
-        else:
-            self.plan = build_on_device(packed, old.numels, self.device)
-        born = self._new_cohort()
-        kinds = [name for name in self.PER_ENTRY if getattr(self, name) is not None]
-        # Where no tensor's count changes, entries move within their own tensor's part of the arena.
-        in_place = old.starts == self.plan.starts
-        for first, last in self._spans(changed) if in_place else [(0, old.tensors)]:
-            here, there = self.plan.part(first, last), old.part(first, last)
-            for names in [kinds] if in_place else [[name] for name in kinds]:
-                sources = [getattr(self, name)[old.starts[first] : old.starts[last]] for name in names]
-                targets = [self._of_new_entries(name, born, first, last) for name in names]
-                functional.remap_entries_(targets, sources, here, there)
-                for name, source, target in zip(names, sources, targets, strict=True):
-                    if in_place:
-                        source.copy_(target)
-                    else:
-                        setattr(self, name, target)
-        if self.cohorts is not None and self.births is not None and not bool((self.cohorts == born).any()):
-            self.births = self.births[:, :born].contiguous()  # nothing was new
-            if born == 1:
-                self.cohorts = self.births = None
-        self.squares = torch.zeros(
-            len(self.plan.chunks) * self.plan.squares_per_chunk, dtype=self.state_dtype, device=self.device
-        )
-        self.compact = self._compact_chunks = None
-        self._seen = []
-
-    def _spans(self, changed: Sequence[int]) -> list[tuple[int, int]]:
-        """(first, last + 1) of tensors that take a launch together: all changed ones, and others in between."""
-        most, spans = ENTRIES_AT_ONCE.get(self.device.type, 1 << 25), list[tuple[int, int]]()
-        for tensor in sorted(changed):
-            first = spans[-1][0] if spans else tensor
-            if spans and self.plan.starts[tensor + 1] - self.plan.starts[first] <= most:
-                spans[-1] = (first, tensor + 1)
-            else:
-                spans.append((tensor, tensor + 1))
-        return spans
-
-    def _new_cohort(self) -> int:
-        """The number of a cohort that is born now; 0 where no entry is any older."""
-        if not bool((self.steps > 0).any()):
-            return 0
-        if self.cohorts is None or self.births is None:
-            self.cohorts = torch.zeros(self.exp_avg.numel(), dtype=torch.uint8, device=self.device)
-            self.births = torch.zeros(self.plan.tensors, 1, device=self.device)
-        if self.births.shape[1] == MAX_COHORTS:
-            self.cohorts -= (self.cohorts > 0).to(torch.uint8)
-            self.births = torch.cat([self.births[:, :1], self.births[:, 2:]], 1)
-        self.births = torch.cat([self.births, self.steps[:, None]], 1)
-        return self.births.shape[1] - 1
-
-    def _of_new_entries(self, name: str, born: int, first: int, last: int) -> Tensor:
-        """A kind of state of the tensors ``first .. last - 1`` as if every active entry were new."""
-        count, dtype = self.plan.starts[last] - self.plan.starts[first], getattr(self, name).dtype
-        if name not in ("master", "base"):
-            return torch.full((count,), born if name == "cohorts" else 0, dtype=dtype, device=self.device)
-        part, weights = self.plan.part(first, last), torch.empty(count, dtype=self.state_dtype, device=self.device)
-        views = [param.detach().contiguous() for param in self.params[first:last]]
-        part.chunks[:, 0] -= first
-        functional.gather_grads_(weights, views, part)
-        return weights.to(dtype)
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:

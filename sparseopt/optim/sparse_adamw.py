@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparseopt.masks.maskset import MaskSet, normalize_name
-from sparseopt.optim import arguments, checkpoint, distributed, sharding, stepping, structured, weights
+from sparseopt.optim import building, checkpoint, distributed, sharding, stepping, structured, weights
 from sparseopt.optim.arena import Arena, Saved
-from sparseopt.optim.arguments import check_dtypes, check_hyperparameters, refuse_shared_storage, resolve_masks
+from sparseopt.optim.arguments import check_dtypes, check_hyperparameters, resolve_masks
 from sparseopt.optim.capture import GradientCapture
 
 if TYPE_CHECKING:
@@ -225,52 +225,7 @@ class SparseAdamW(Optimizer):
         FSDP2 puts other tensors into the groups, models move to other devices and dtypes: state and captured gradients
         follow by name.
         """
-        glance = [
-            (id(p), sharding.local(p).data_ptr(), i, g["amsgrad"])
-            for i, g in enumerate(self.param_groups)
-            for p in g["params"]
-        ]
-        if not self._dirty and glance == self._glance:
-            return  # moving a parameter or changing its dtype moves its data
-        sharding.settle(self)
-        layout = self._layout()
-        amsgrad = any(group["amsgrad"] for group in self.param_groups)
-        self._glance = glance
-        built = (amsgrad, [(id(p), g, p.device, p.dtype) for _, p, g in layout])
-        if not self._dirty and built == self._built:
-            return
-        refuse_shared_storage((name, sharding.local(param)) for name, param, _ in layout)
-        saved = {**self._extract(), **self._saved}
-        masks = self._current_masks()
-        buckets: dict[tuple[torch.device, torch.dtype, Any], list[int]] = {}
-        for i, (_, param, _) in enumerate(layout):
-            held = sharding.local(param)
-            buckets.setdefault((held.device, held.dtype, sharding.mesh_of(param)), []).append(i)
-        pending = {} if self._capture is None else self._capture.pending()
-        arenas, slots = [], {}
-        for (_, _, mesh), members in buckets.items():
-            names, params, groups = zip(*(layout[i] for i in members), strict=True)
-            arena = Arena(
-                names, [sharding.local(p) for p in params], [masks[n] for n in names], groups, amsgrad=amsgrad,
-                master_weights=self._options["master_weights"],
-            )  # fmt: skip
-            arena.owners, arena.mesh = params, mesh
-            for t, name in enumerate(names):
-                if name in saved:
-                    arena.adopt(t, saved[name])
-                slots[params[t]] = (arena, t)
-            arenas.append(arena)
-        self._known, self._near, self._masks = masks, {}, {}
-        self._arenas, self._slots, self._saved, self._dirty = arenas, slots, {}, False
-        self._built = built
-        self.state.clear()
-        for param, (arena, t) in slots.items():
-            self.state[param] = arena.state(t)
-        for name, param, _ in layout:
-            structured.follow(param, masks[name], self.adopt_masks, name)
-        if self._capture is not None:
-            self._capture.arm()
-            self._capture.restore(pending)
+        building.build(self)
 
     def _extract(self) -> dict[str, Saved]:
         """The state as it stands, by name."""
@@ -380,7 +335,6 @@ class SparseAdamW(Optimizer):
             distributed.broadcast_parameters(self)
 
     # ---- masks and weights that change -----------------------------------------------------------------------------------
-    @torch.no_grad()
     def update_masks(
         self, masks: MaskSet | Mapping[str, Tensor], *, copies: Mapping[str, Tensor] | None = None
     ) -> None:
@@ -393,33 +347,7 @@ class SparseAdamW(Optimizer):
             masks: the new masks, of all parameters or of some.
             copies: packed bits of some of these masks where the parameters are: they need not be sent there.
         """
-        if self._capture:
-            raise RuntimeError(
-                "update_masks() between backward() and step() would lose captured gradients: call it after step()."
-            )
-        sharding.refuse(self, "update_masks()")
-        self._agreed = False
-        if self._arenas:
-            self._build()
-        params = {name: param for name, param, _ in self._layout()}
-        given = arguments.new_masks(masks, params)
-        for name in given.names:
-            structured.follow(params[name], given.packed(name), True, name)
-        if not self._arenas:  # nothing is allocated yet, and need not be for masks that will not be used
-            self._masks.update({name: given.packed(name) for name in given.names})
-            return
-        near = {name: copies[name] for name in given.names if name in copies} if copies else {}
-        old = {name: self._near.get(name, self._known[name]) for name in given.names}
-        self._left.before_update(self, given, old, near)
-        self._known.update({name: given.packed(name) for name in given.names})
-        self._near = {name: bits for name, bits in self._near.items() if name not in given} | near
-        for arena in self._arenas:
-            changed = [t for t, name in enumerate(arena.names) if name in given]
-            if changed:
-                arena.change_masks([self._near.get(name, self._known[name]) for name in arena.names], changed)
-                self._left.take_back(arena)
-        for param, (arena, t) in self._slots.items():
-            self.state[param] = arena.state(t)
+        building.update_masks(self, masks, copies)
 
     @torch.no_grad()
     def sync_from_params(self) -> None:

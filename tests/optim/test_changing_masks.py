@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sparseopt as so
-from sparseopt.optim import arena
+from sparseopt.optim import remapping
 
 SIZES = {"norm": 40, "a": 5000, "head": 300, "b": 7001, "small": 3, "c": 20_000, "last": 64}
 CHANGING = ("a", "b", "c", "small")
@@ -56,7 +56,7 @@ def dense(optimizer: so.SparseAdamW, params: dict[str, nn.Parameter]) -> dict[st
 def test_values_follow_their_entries(
     dtype: torch.dtype, options: dict[str, Any], counts_change: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arena, "ENTRIES_AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr(remapping, "ENTRIES_AT_ONCE", {"cpu": at_once})
     params = make_params(dtype)
     start = {name: param.detach().clone() for name, param in params.items()}
     counts = {"a": 900, "b": 3000, "c": 100, "small": 1}
@@ -130,7 +130,7 @@ def test_more_cohorts_than_a_byte_numbers() -> None:
         # Entry 10 + step is new; all others stay.
         optimizer.update_masks({"p": torch.arange(600) < 10 + step})
     state = optimizer.state[param]
-    assert state["births"].numel() == arena.MAX_COHORTS
+    assert state["births"].numel() == remapping.MAX_COHORTS
     born = state["births"][state["cohorts"].long()]
     assert torch.equal(born[-200:], torch.arange(101.0, 301.0))
     assert born[:10].tolist() == [0.0] * 10
