@@ -1,8 +1,8 @@
 """2:4 weights in PyTorch's semi-structured format: inference on the sparse tensor cores of Ampere and newer GPUs.
 
 The format keeps, of every group of four weights along the input dimension, two values and where they stood: 9/16 of the dense
-bytes in 16-bit types. ``torch.sparse`` has two backends of it: cuSPARSELt, where the build of torch has it, and CUTLASS. Both
-flatten 3-D inputs to [tokens, inputs] and pad the tokens to a multiple of 8.
+bytes in 16-bit types. ``torch.sparse`` has two backends of it: cuSPARSELt, where the build of torch has it, and CUTLASS, for
+GPUs of compute capability 8.x alone. Both flatten 3-D inputs to [tokens, inputs] and pad the tokens to a multiple of 8.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def to_semi_structured(
         model: on a CUDA GPU of compute capability 8.0 or newer, in fp16 or bf16.
         masks: of the parameters that are meant to be 2:4, by name; those with every entry active stay dense. None: all that
             are 2:4.
-        backend: "cusparselt", "cutlass", or "auto": cuSPARSELt where torch has it.
+        backend: "cusparselt", "cutlass" (compute capability 8.x only), or "auto": cuSPARSELt where torch has it.
 
     Returns:
         Names of the converted parameters, in the model's order. A 2:4 layer whose shape the backend does not take stays
@@ -55,9 +55,9 @@ def to_semi_structured(
     """
     layers = find_layers(model)
     chosen = _two_of_four(model, layers) if masks is None else _masked(model, layers, masks)
-    for layer in chosen:
-        _check_place(layer)
     kind = semi_structured_backend(backend)
+    for layer in chosen:
+        _check_place(layer, kind.BACKEND)
     fitting = [layer for layer in chosen if _shape_problem(layer, kind) is None]
     misfits = [f"{layer.name!r} ({_shape_problem(layer, kind)})" for layer in chosen if layer not in fitting]
     if not fitting:
@@ -78,6 +78,8 @@ def to_semi_structured(
         weight = nn.Parameter(converted, requires_grad=False)
         for module in owners[id(layer.param)]:
             module.weight = weight
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(_with_plain_strides)
     return [layer.name for layer in fitting]
 
 
@@ -157,7 +159,16 @@ def _pattern_problem(layer: Layer) -> str | None:
     )
 
 
-def _check_place(layer: Layer) -> None:
+def _with_plain_strides(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs with strides that torch flattens to a matrix.
+
+    A dimension of size 1 may have any stride, and has when a cache generates token by token: nn.Linear then expands its weight
+    to three dimensions, which the semi-structured format does not know.
+    """
+    return tuple(x.reshape(-1, x.shape[-1]).contiguous().view(x.shape) if x.dim() > 2 else x for x in args)
+
+
+def _check_place(layer: Layer, backend: str) -> None:
     param = layer.param
     wanted = "to_semi_structured() needs a CUDA GPU of compute capability 8.0 or newer"
     if param.device.type != "cuda":
@@ -166,6 +177,12 @@ def _check_place(layer: Layer) -> None:
     if capability < CAPABILITY:
         name = torch.cuda.get_device_name(param.device)
         raise ValueError(f"{wanted}; {layer.name!r} is on {name} ({capability[0]}.{capability[1]}).")
+    if backend == "cutlass" and capability[0] != 8:
+        raise ValueError(
+            f"torch's CUTLASS kernels for 2:4 weights run on compute capability 8.x, {layer.name!r} is on "
+            f"{torch.cuda.get_device_name(param.device)} ({capability[0]}.{capability[1]}): backend 'cusparselt' is needed, and "
+            "a build of torch that has it."
+        )
     if param.dtype not in DTYPES:
         raise ValueError(f"to_semi_structured() takes fp16 and bf16 weights, {layer.name!r} is {param.dtype}.")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sparseopt as so
 from sparseopt.benchmarks.semi_structured import check, main, prune, weight_bytes
-from sparseopt.semi_structured import semi_structured_backend
+from sparseopt.semi_structured import _with_plain_strides, semi_structured_backend
 
 BEFORE_AMPERE = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0)
 gpu = pytest.mark.skipif(BEFORE_AMPERE, reason="no CUDA device of compute capability 8.0")
@@ -123,9 +123,30 @@ def test_the_benchmark_needs_a_gpu(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("stride", [(64, 7, 1), (128, 64, 1), (1, 2, 2)])
+def test_inputs_get_the_strides_that_torch_flattens(stride: tuple[int, ...]) -> None:
+    x = torch.randn(512).as_strided((2, 1, 64), stride)
+    (plain,) = _with_plain_strides(nn.Linear(64, 1), (x,))
+    torch.testing.assert_close(plain, x, rtol=0, atol=0)
+    assert plain.stride(0) == plain.stride(1) * plain.shape[1]
+    assert _with_plain_strides(nn.Linear(64, 1), ()) == ()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.skipif(not BEFORE_AMPERE and torch.cuda.get_device_capability()[0] == 8, reason="CUTLASS runs here")
+def test_cutlass_is_refused_where_it_does_not_run() -> None:
+    model = make_model(torch.bfloat16).cuda()
+    prune(model)
+    with pytest.raises(ValueError, match=r"run on compute capability 8.x, '0.weight' is on"):
+        so.to_semi_structured(model, backend="cutlass")
+    assert type(model[0].weight) is nn.Parameter
+
+
 # ---- on a GPU ------------------------------------------------------------------------------------------------------------
 def backends() -> list[str]:
-    return ["cutlass", "cusparselt"] if torch.backends.cusparselt.is_available() else ["cutlass"]
+    found = ["cusparselt"] if torch.backends.cusparselt.is_available() else []
+    return found + (["cutlass"] if BEFORE_AMPERE or torch.cuda.get_device_capability()[0] == 8 else [])
 
 
 @pytest.mark.gpu
@@ -140,8 +161,10 @@ def test_outputs_equal_the_dense_ones(backend: str, dtype: torch.dtype, bias: bo
     assert so.to_semi_structured(sparse, masks, backend=backend) == ["0.weight", "2.weight", "4.weight"]
     exact = copy.deepcopy(dense).float()
     assert weight_bytes(sparse) < 0.7 * weight_bytes(dense)
-    for shape in ((1, 64), (13, 64), (3, 5, 64), (4, 16, 64)):
+    for shape in ((1, 64), (13, 64), (3, 5, 64), (4, 16, 64), (2, 1, 64)):
         x = torch.randn(shape, device="cuda", dtype=dtype)
+        if shape == (2, 1, 64):
+            x = x.as_strided(shape, (64, 7, 1))  # as in generation with a cache
         for context in (torch.no_grad(), torch.inference_mode()):
             with context:
                 out = sparse(x)
