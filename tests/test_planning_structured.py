@@ -15,10 +15,9 @@ from sparseopt.shapes import shape_config
 
 pytest.importorskip("transformers")
 
-# A prototype of structured layers on an H100, 2.5% of the columns of every linear layer, eager, measured (ms, GiB): the plan says
-# 82 ms, 25.48 GiB; 69 and 9.03 (16-bit residuals; the prototype's column arm is 0.6 GiB below, 0.2 at the 1B shapes: about what
-# fp32 moments and gradients of the entries that train take more than bf16 ones); 77 and 19.50; 50 and 13.27. Compiled, where
-# there are no launches: 54.8, 22.8, 73.2 and 50.4 ms measured, 49.6, 17.2, 77.3 and 50.1 planned (compute and optimizer).
+# A prototype of structured layers on an H100, 2.5% of the columns of every linear layer: eager ms, compiled ms, eager GiB. The plan
+# (16-bit residuals; compiled: compute and optimizer, no launches) says 82, 50, 25.48; 69, 17, 9.03; 77, 77, 19.50; 50, 50, 13.27.
+# The prototype's columns are 0.6 and 0.2 GiB below: 8 to 9 bytes an active entry. It may have kept less state than SparseAdamW.
 PROTOTYPE = [
     ("llama-3.2-3b", Job(1, 512), "dense AdamW", 93.6, 54.8, 25.5),
     ("llama-3.2-3b", Job(1, 512), "columns 2.5%", 56.1, 22.8, 8.4),
