@@ -1,31 +1,34 @@
-"""The price of masks in groups: how much of the gradient score groups of entries keep, beside what they buy in speed.
+"""Which mask to choose: single entries, runs, columns or rows at one budget, by score kept, learning, speed and memory.
 
-python -m sparseopt.benchmarks.granularity [CONFIG] [--output FILE]
+    python -m sparseopt.benchmarks.granularity                      # the page and picture from the committed results
+    python -m sparseopt.benchmarks.granularity --measure [CONFIG]   # scores kept too, anew
 
-Scores are sums of squared gradients of the loss that CONFIG (configs/quickstart.yaml unless given) trains with, on its own
-model and pairs. Speeds are those stored in benchmarks/results for one step of 525 M bf16 weights at 2.5%.
+Kept scores are shares of summed squared gradients of the loss that CONFIG (configs/quickstart.yaml unless given) trains with, on
+its own model and pairs; they are stored in ``granularity.json``. Learning is the study's (:mod:`sparseopt.benchmarks.study`),
+speed and memory are those of training steps (:mod:`sparseopt.benchmarks.train_step`) and of the optimizer's step alone
+(:mod:`sparseopt.benchmarks.gpu_optimizer`), as stored in ``benchmarks/results``. What was not measured is said so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import sparseopt as so
 from sparseopt._files import atomic_write
+from sparseopt.benchmarks.granularity_report import write_report
 
-__all__ = ["main", "prices", "table"]
+__all__ = ["main", "measure", "prices"]
 
-HERE = Path(__file__).resolve().parent
-GRANULARITIES: tuple[int | str, ...] = (1, 8, 16, 32, "row", "column")
-SUITE = "optimizer, 525 M bf16 parameters"
+RESULTS = Path(__file__).resolve().parent / "results"
+GRANULARITIES: tuple[int | str, ...] = (1, 8, 16, 32, "row", "column", "auto")
 
 
 def prices(scores: Mapping[str, Tensor], sparsity: float, **options: Any) -> dict[str, float]:
@@ -37,42 +40,13 @@ def prices(scores: Mapping[str, Tensor], sparsity: float, **options: Any) -> dic
     return found
 
 
-def speeds(results: Path) -> dict[str, tuple[str, float]]:
-    """Granularity -> (device, times faster than torch's fused AdamW), of the default master weights."""
-    found: dict[str, tuple[str, float]] = {}
-    for path in sorted(results.glob("*.json")):
-        stored = json.loads(path.read_text())
-        cases = stored.get("suites", {}).get(SUITE, {}).get("cases", {})
-        for granularity in GRANULARITIES:
-            label = "2.5%" if granularity == 1 else f"2.5%, runs of {granularity}"
-            case = cases.get(f"{label}, residual, step")
-            if case is not None:
-                found[str(granularity)] = stored["device"], case["baselines"]["torch fused"]["ratio"]
-    return found
+def measure(path: str) -> dict[str, Any]:
+    """Scores the weights that a configuration of ``sparseopt train dpo`` trains, and finds masks of each granularity.
 
-
-def table(kept: Mapping[str, float], fast: Mapping[str, tuple[str, float]]) -> str:
-    """Markdown, a row for each granularity."""
-    rows = [
-        "| groups of | score kept | against single entries | step against torch fused |",
-        "| --- | --- | --- | --- |",
-    ]
-    for granularity, share in kept.items():
-        name = {"1": "single entries"}.get(
-            granularity, f"{granularity}s" if granularity in ("row", "column") else granularity
-        )
-        speed = f"{fast[granularity][1]:.3g}x ({fast[granularity][0]})" if granularity in fast else "not measured"
-        rows.append(f"| {name} | {share:.1%} | {share / kept['1']:.1%} | {speed} |")
-    return "\n".join(rows)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sparseopt.benchmarks.granularity", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml")
-    parser.add_argument("--output", type=Path, help="write the table here too")
-    options = parser.parse_args(arguments)
+    Returns:
+        ``kept``: as :func:`prices`; ``about``: one sentence on model, data and versions.
+    """
+    import torch
 
     from sparseopt import config as configuration
     from sparseopt.progress import announce_device
@@ -80,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     from sparseopt.trainers.dpo import DpoRun
     from sparseopt.trainers.scoring import gradient_scores
 
-    config = configuration.load(DPO, options.config, [], {})
+    config = configuration.load(DPO, path, [], {})
     settings = config["mask"]
     with tempfile.TemporaryDirectory() as folder:
         config["output"]["dir"] = folder
@@ -88,14 +62,39 @@ def main(arguments: list[str] | None = None) -> None:
         exclude = settings["exclude"] or None
         scores = gradient_scores(trainer, settings["batches"], settings["include"] or None, exclude)
     kept = prices(scores, settings["sparsity"])
-    text = (
+    about = (
         f"{config['model']['name']}, {settings['batches']} batches of {config['training']['batch_size']} pairs of "
         f"{config['data']['name']}, {1 - settings['sparsity']:.1%} of {sum(s.numel() for s in scores.values()):,} weights; "
-        f"sparseopt {so.__version__}, torch {torch.__version__}\n\n{table(kept, speeds(HERE / 'results'))}\n"
+        f"sparseopt {so.__version__}, torch {torch.__version__}"
     )
-    print(text)
-    if options.output is not None:
-        atomic_write(options.output, text)
+    return {"about": about, "kept": kept}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sparseopt.benchmarks.granularity", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "--measure",
+        nargs="?",
+        const="configs/quickstart.yaml",
+        metavar="CONFIG",
+        help="find out which scores masks keep",
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="what was measured; page and picture go there too"
+    )
+    parser.add_argument("--study", type=Path, help="folder with study.jsonl; study-h100 of the results unless given")
+    parser.add_argument("--no_picture", action="store_true", help="for machines without matplotlib")
+    options = parser.parse_args(arguments)
+    if not options.results.is_dir():
+        parser.error(f"--results must be a folder of benchmark results, but {options.results} is not there.")
+    if options.measure is not None:
+        text = json.dumps(measure(options.measure), indent=1, allow_nan=False) + "\n"
+        atomic_write(options.results / "granularity.json", text)
+    study = options.study or options.results / "study-h100"
+    print(write_report(options.results, study, picture=not options.no_picture))
+    print(f"stored in {options.results / 'granularity.md'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ bf16 weights, eager transformers, flash attention (SDPA). N tokens, widths as in
 * RMSNorm: its input in fp32 (4 N h), the reciprocal root (4 N), the normalised bf16 value if its weight trains (2 N h).
   LayerNorm: its input (2 N h), mean and reciprocal deviation (8 N).
 * What linear layers read, once for those that share it (2 N width), if the weight trains or an adapter in bf16 reads it.
-  Adapters in fp32 (PEFT's default) read an fp32 copy, one each (4 N width). LoRA's A gives N r, kept for B.
+  Adapters in fp32 (PEFT's default) read an fp32 copy, one each (4 N width). LoRA's A gives N r, kept for B. Where only k input
+  features train (``sparse_linear``), each layer keeps its own (2 N k, k filled up to a multiple of 8), and the input itself
+  goes; where output features do, all of the input stays.
 * Attention: rotated q and k, v (2 N (q + 2 kv)), output (2 N q), log-sum-exp (4 N heads). GPT-2: q, k, v are one tensor.
 * SwiGLU: gate, silu(gate), up (6 N i), their product where the next linear layer reads it. GELU by its formula: 8 N i.
 * Residual additions, rotary embedding, softmax scale: nothing. Dropout: a byte an element.
@@ -13,7 +15,7 @@ bf16 weights, eager transformers, flash attention (SDPA). N tokens, widths as in
 
 tests/test_planning.py compares this with what autograd keeps on a CPU, where SDPA keeps the same tensors as flash attention
 on a GPU (which adds two words of random state) and LayerNorm keeps its statistics in bf16. Left out: ids, rotary tables;
-counted though not kept where the embedding is frozen: the first layer's norm.
+counted though not kept where the embedding is frozen but norms train: the first layer's norm.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["WORKLOADS", "Architecture", "Job", "activations", "architecture"]
+__all__ = ["WORKLOADS", "Architecture", "Job", "Structure", "activations", "architecture"]
 
 GATED = ("llama", "mistral", "qwen2", "qwen3")
 WORKLOADS = ("lm", "dpo", "grpo")
+FILLED = 8  # indices of structured layers on a GPU: see sparseopt.optim.structured
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,37 @@ class Job:
         return self.tokens if self.workload == "lm" else self.tokens // 2
 
 
+@dataclass(frozen=True)
+class Structure:
+    """Masks of whole rows or columns of every linear layer's weight, as ``sparse_linear`` computes them.
+
+    Embeddings, head, norms and biases are frozen.
+
+    Attributes:
+        kind: "row" or "column" of the weight as it is stored (GPT-2's Conv1D holds it transposed).
+        density: share of the rows or columns of each layer that train, at least one.
+    """
+
+    kind: str
+    density: float
+
+    def by_input(self, arch: Architecture) -> bool:
+        """Whether input features train (columns of nn.Linear, rows of Conv1D): only they are kept for the backward."""
+        return (self.kind == "column") != (arch.family == "gpt2")
+
+    def chosen(self, size: int) -> int:
+        return max(1, round(self.density * size))
+
+    def active(self, arch: Architecture) -> int:
+        """Entries that train."""
+        by_input = self.by_input(arch)
+        return sum(self.chosen(i) * o if by_input else i * self.chosen(o) for i, o in arch.linears)
+
+    def kept(self, width: int) -> int:
+        """Input features that a layer by input keeps, filled up; ``width`` where all of them train."""
+        return min(-(-self.chosen(width) // FILLED) * FILLED, width)
+
+
 def architecture(config: PretrainedConfig) -> Architecture:
     """Reads an architecture from a transformers configuration; parameters are counted on the meta device.
 
@@ -148,7 +182,13 @@ def architecture(config: PretrainedConfig) -> Architecture:
 
 
 def activations(
-    arch: Architecture, job: Job, *, rank: int | None = None, adapter_bytes: int = 2, train_head: bool = False
+    arch: Architecture,
+    job: Job,
+    *,
+    rank: int | None = None,
+    adapter_bytes: int = 2,
+    train_head: bool = False,
+    structure: Structure | None = None,
 ) -> dict[str, int]:
     """Bytes that autograd keeps for the backward pass.
 
@@ -158,19 +198,25 @@ def activations(
         rank: of LoRA's adapters; None where the weights themselves train.
         adapter_bytes: of an adapter's entry: 2 (bf16) or 4 (fp32).
         train_head: whether the head's weight needs a gradient.
+        structure: of the masks, where layers compute only what trains.
 
     Returns:
         ``layer``: of one layer; ``layers``: kept of all layers (of their inputs only, under checkpointing); ``end``: final
         norm and head's input; ``loss``: fp32 log-probabilities.
     """
     n = job.tokens
-    parts = _gated(arch, n, rank, adapter_bytes) if arch.family == "gated" else _gpt2(arch, n, rank, adapter_bytes)
+    reader = _Reader(n, rank, adapter_bytes, structure if structure and structure.by_input(arch) else None)
+    trained = rank is None and structure is None  # norms
+    parts = _gated(arch, n, reader, trained) if arch.family == "gated" else _gpt2(arch, n, reader)
     layer = sum(parts.values())
-    norm = _norm(arch, n, arch.hidden, rank is None)
+    norm = _norm(arch, n, arch.hidden, trained)
     kept = 2 * n * arch.hidden if job.gradient_checkpointing else layer
+    layers = kept * arch.layers
+    if structure is not None and not job.gradient_checkpointing:
+        layers -= norm  # nothing before the first linear layer trains
     return {
         "layer": layer,
-        "layers": kept * arch.layers,
+        "layers": layers,
         "end": norm + (2 * n * arch.hidden if train_head else 0),
         "loss": 4 * job.predicted * arch.vocabulary,
     }
@@ -182,44 +228,53 @@ def _norm(arch: Architecture, n: int, width: int, trained: bool) -> int:
     return 4 * n * width + 4 * n + (2 * n * width if trained else 0)
 
 
-def _read(n: int, width: int, readers: int, rank: int | None, adapter_bytes: int) -> int:
-    """Input that ``readers`` linear layers share, and what their adapters keep."""
-    if rank is None:
-        return 2 * n * width
-    copies = readers * 4 if adapter_bytes == 4 else 2
-    return copies * n * width + readers * adapter_bytes * n * rank
+@dataclass(frozen=True)
+class _Reader:
+    """What linear layers keep of their input."""
+
+    n: int
+    rank: int | None
+    adapter_bytes: int
+    inputs: Structure | None  # of which features train
+
+    def keeps(self, width: int, layers: int = 1, anyway: bool = False) -> int:
+        """Of an input of so many features that ``layers`` share, and that somebody else may keep ``anyway``."""
+        n = self.n
+        if self.inputs is not None and self.inputs.chosen(width) < width:
+            return layers * 2 * n * self.inputs.kept(width)
+        if self.rank is None:
+            return 0 if anyway else 2 * n * width
+        own = layers * self.adapter_bytes * n * self.rank
+        if self.adapter_bytes == 4:
+            return layers * 4 * n * width + own
+        return own + (0 if anyway else 2 * n * width)
 
 
-def _gated(arch: Architecture, n: int, rank: int | None, adapter_bytes: int) -> dict[str, int]:
+def _gated(arch: Architecture, n: int, reader: _Reader, trained: bool) -> dict[str, int]:
     h, i = arch.hidden, arch.intermediate
     q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    read: dict[str, Any] = {"rank": rank, "adapter_bytes": adapter_bytes}
-    # The attention output is kept by attention; only an fp32 copy of it is more.
-    output = _read(n, q, 1, **read) - (0 if rank is not None and adapter_bytes == 4 else 2 * n * q)
-    trained = 2 if rank is None else 0
+    qk = (4 + 2 * trained) * n * (q + kv) + 4 * n * (arch.heads + arch.kv_heads)
     return {
-        "norms": 2 * _norm(arch, n, h, rank is None),
-        "q, k, v input": _read(n, h, 3, **read),
-        "q and k norms": (4 + trained) * n * (q + kv) + 4 * n * (arch.heads + arch.kv_heads) if arch.qk_norm else 0,
+        "norms": 2 * _norm(arch, n, h, trained),
+        "q, k, v input": reader.keeps(h, 3),
+        "q and k norms": qk if arch.qk_norm else 0,
         "attention": 2 * n * (2 * q + 2 * kv) + 4 * n * arch.heads,
-        "output projection": output,
-        "gate, up input": _read(n, h, 2, **read),
+        "output projection": reader.keeps(q, anyway=True),
+        "gate, up input": reader.keeps(h, 2),
         "gate, silu, up": 6 * n * i,
-        "down input": _read(n, i, 1, **read),
+        "down input": reader.keeps(i),
     }
 
 
-def _gpt2(arch: Architecture, n: int, rank: int | None, adapter_bytes: int) -> dict[str, int]:
+def _gpt2(arch: Architecture, n: int, reader: _Reader) -> dict[str, int]:
     h, i = arch.hidden, arch.intermediate
-    read: dict[str, Any] = {"rank": rank, "adapter_bytes": adapter_bytes}
-    output = _read(n, h, 1, **read) - (0 if rank is not None and adapter_bytes == 4 else 2 * n * h)
     return {
-        "norms": 2 * _norm(arch, n, h, rank is None),
-        "c_attn input": _read(n, h, 1, **read),
+        "norms": 2 * _norm(arch, n, h, True),
+        "c_attn input": reader.keeps(h),
         "attention": 8 * n * h + 4 * n * arch.heads,
-        "output projection": output,
-        "c_fc input": _read(n, h, 1, **read),
+        "output projection": reader.keeps(h, anyway=True),
+        "c_fc input": reader.keeps(h),
         "gelu": (8 if arch.gelu else 2) * n * i,
-        "c_proj input": _read(n, i, 1, **read),
+        "c_proj input": reader.keeps(i),
         "dropout": 2 * n * h if arch.dropout else 0,
     }

@@ -41,14 +41,17 @@ def plan(
     master: Annotated[
         str, typer.Option("--master", help="Master weights of the sparse arm: residual or fp32.")
     ] = "residual",
-    embeddings: Annotated[bool, typer.Option("--embeddings", help="Embeddings and head are in the mask too.")] = False,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="The mask of single entries has embeddings and head too.")
+    ] = False,
     device: Annotated[str, typer.Option("--device", help="h100, h200, a100, l40s or rtx4090.")] = "h100",
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
     """Say what a training step needs before it is launched: memory and expected time of dense AdamW, LoRA and sparse.
 
-    One GPU, bf16, gradients clipped. Memory is what torch allocates at the peak of a whole step; time is an estimate.
+    Sparse: a mask of single entries, and of whole columns or rows of every linear layer, whose work is skipped. One GPU, bf16,
+    gradients clipped. Memory is what torch allocates at the peak of a whole step; time is an estimate.
     """
     if (model is None) == (shape is None):
         raise typer.BadParameter("give either --model or --shape.")

@@ -26,8 +26,9 @@ def test_table_has_a_row_per_arm_and_a_conclusion() -> None:
     )
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
     assert rows["dense AdamW"].split()[2:7] == ["1.24", "B", "2.30", "2.30", "4.60"]
-    assert {"LoRA r=16", "sparse 2.5%"} <= rows.keys()
-    assert "Fits in 8 GiB: LoRA r=16, sparse 2.5%; not dense AdamW (12 GiB)." in text
+    assert {"LoRA r=16", "sparse 2.5%", "columns 2.5%", "rows 2.5%"} <= rows.keys()
+    assert "Fits in 8 GiB: LoRA r=16, sparse 2.5%, columns 2.5%, rows 2.5%; not dense AdamW (12 GiB)." in text
+    assert "Columns and rows: sparse_linear; that share of every linear layer's weight" in text
     assert "Time is an estimate" in text
 
 
@@ -37,13 +38,20 @@ def test_json_of_a_local_model(tmp_path: Path) -> None:
     shape_config("tiny").save_pretrained(tmp_path)
     options = ["--model", str(tmp_path), "--sparsity", "0.9", "--rank", "4", "--device", "rtx4090", "--json"]
     found = json.loads(invoke(*options))
-    assert [arm["name"] for arm in found["arms"]] == ["dense AdamW", "LoRA r=4", "sparse 10%"]
+    assert [arm["name"] for arm in found["arms"]] == [
+        "dense AdamW",
+        "LoRA r=4",
+        "sparse 10%",
+        "columns 10%",
+        "rows 10%",
+    ]
     assert (found["sparsity"], found["device"]["measured"]) == (0.9, False)
     assert found["arms"][0]["trained"] == found["model"]["parameters"]
     wider = json.loads(invoke(*options, "--adapters", "fp32", "--master", "fp32", "--embeddings", "--workload", "dpo"))
     assert wider["tokens"] == 2 * found["tokens"]
     assert wider["arms"][1]["state"] == 2 * found["arms"][1]["state"]
     assert wider["arms"][2]["trained"] == round(0.1 * found["model"]["parameters"])
+    assert wider["arms"][3]["trained"] == found["arms"][3]["trained"]  # --embeddings is for single entries
 
 
 def test_errors_are_one_sentence() -> None:
