@@ -6,13 +6,13 @@ masks lie one behind the other in one vector of bits, and every operation serves
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from sparseopt import functional
-from sparseopt.optim.plan import CHUNK, ROW_BYTES, SPAN_BITS, IndexPlan, contiguous_rows
+from sparseopt.optim.plan import CHUNK, ROW_BYTES, SPAN_BITS, IndexPlan
 
 __all__ = ["build_on_device"]
 
@@ -21,21 +21,26 @@ ALIGNMENT = 1 << 13  # bytes
 SAMPLE = 4096  # bytes of each mask, at even distances, that tell whether it may be made of aligned runs
 
 
-def build_on_device(packed: Sequence[Tensor | None], numels: Sequence[int], device: torch.device) -> IndexPlan:
+def build_on_device(
+    packed: Sequence[Tensor | None], numels: Sequence[int], device: torch.device, empty: Collection[int] = ()
+) -> IndexPlan:
     """Plan on ``device``, equal to ``IndexPlan.build(packed, numels)``; masks that may have runs are left to that.
 
     Args:
         packed: per tensor uint8[ceil(n/8)] on any device, or None where every entry is active.
         numels: per tensor n.
+        empty: tensors known to have nothing active, whose masks need not be sent there.
     """
-    plan = _together(packed, numels, device)
+    plan = _together(packed, numels, device, empty)
     if plan is not None:
         return plan
     return IndexPlan.build([None if mask is None else mask.to(device) for mask in packed], numels).to(device)
 
 
-def _together(packed: Sequence[Tensor | None], numels: Sequence[int], device: torch.device) -> IndexPlan | None:
-    members = [t for t, mask in enumerate(packed) if mask is not None]
+def _together(
+    packed: Sequence[Tensor | None], numels: Sequence[int], device: torch.device, empty: Collection[int]
+) -> IndexPlan | None:
+    members = [t for t, mask in enumerate(packed) if mask is not None and t not in empty]
     if not members or max(numels) >= 1 << SPAN_BITS[torch.int32]:
         return None
     begins = [0]
@@ -69,7 +74,7 @@ def _together(packed: Sequence[Tensor | None], numels: Sequence[int], device: to
     base = indices[cut] + middle
     offsets = (indices - torch.repeat_interleave(base, size, output_size=total)).to(dtype)
 
-    all_counts = list(numels)
+    all_counts = [0 if t in empty else numel for t, numel in enumerate(numels)]
     for t, count in zip(members, counts, strict=True):
         all_counts[t] = count
     starts = [0]
@@ -84,12 +89,12 @@ def _together(packed: Sequence[Tensor | None], numels: Sequence[int], device: to
     per_tensor = [0] * len(numels)
     for t, number in zip(members, torch.bincount(owner, minlength=len(members)).tolist(), strict=True):
         per_tensor[t] = number
-    dense = [_dense_rows(t, numels[t], starts[t], CHUNK[dtype]) for t in range(len(numels)) if packed[t] is None]
-    for table in dense:
-        if len(table):
-            per_tensor[int(table[0, 0])] = len(table)
-    chunks = torch.cat([rows, torch.cat(dense).to(device)]) if dense else rows
-    chunks = chunks[chunks[:, 0].argsort(stable=True)] if dense else chunks
+    whole = [t for t in range(len(numels)) if packed[t] is None]
+    dense, each = _dense_rows(whole, [numels[t] for t in whole], [starts[t] for t in whole], CHUNK[dtype], device)
+    for t, number in zip(whole, each, strict=True):
+        per_tensor[t] = number
+    chunks = torch.cat([rows, dense])
+    chunks = chunks[chunks[:, 0].argsort(stable=True)] if whole else chunks
     first_chunk = [0]
     for number in per_tensor:
         first_chunk.append(first_chunk[-1] + number)
@@ -125,8 +130,16 @@ def _dtype(cuts: dict[torch.dtype, Tensor], total: int, counts: Sequence[int]) -
     return torch.int16 if narrow else torch.int32
 
 
-def _dense_rows(tensor: int, numel: int, start: int, size: int) -> Tensor:
-    table = contiguous_rows(numel, size, torch.device("cpu"))
-    table[:, 0] = tensor
-    table[:, 2] += start
-    return table
+def _dense_rows(
+    tensors: Sequence[int], numels: Sequence[int], starts: Sequence[int], size: int, device: torch.device
+) -> tuple[Tensor, list[int]]:
+    """Rows of fully active tensors, as :func:`sparseopt.optim.plan.contiguous_rows` makes them; how many of each."""
+    each = [-(-numel // size) for numel in numels]
+    facts = torch.tensor([tensors, numels, starts, each], dtype=torch.int64).view(4, -1).to(device)
+    row = torch.arange(sum(each), device=device)
+    owner = torch.repeat_interleave(facts[3], output_size=len(row))
+    number, numel, start = facts[:3, owner]
+    base = (row - (facts[3].cumsum(0) - facts[3])[owner]) * size
+    nothing = torch.zeros_like(base)
+    shift = torch.full_like(base, size.bit_length() - 1)
+    return torch.stack([number, base, start + base, (numel - base).clamp(max=size), nothing, shift], 1), each

@@ -39,7 +39,8 @@ def change_masks(arena: Arena, packed: Sequence[Tensor | None], changed: Sequenc
     if arena.device.type == "cpu":
         arena.plan = IndexPlan.build(packed, old.numels)
     else:
-        arena.plan = build_on_device(packed, old.numels, arena.device)
+        still_empty = {t for t, count in enumerate(old.counts) if not count} - set(changed)
+        arena.plan = build_on_device(packed, old.numels, arena.device, still_empty)
     born = _new_cohort(arena)
     kinds = [name for name in arena.PER_ENTRY if getattr(arena, name) is not None]
     # Where no tensor's count changes, entries move within their own tensor's part of the arena.

@@ -226,7 +226,7 @@ def test_all_tensors_at_once_give_the_same_plan(device: torch.device, densities:
         masks[0][:150_000] = False  # and chunks that span too much
         masks[0][:150_000:60_000] = True
     packed = [None if mask is None else functional.pack_mask(mask) for mask in masks]
-    assert plan_on_device._together(packed, sizes, device) is not None
+    assert plan_on_device._together(packed, sizes, device, ()) is not None
     assert_equal_plans(plan_on_device.build_on_device(packed, sizes, device), IndexPlan.build(packed, sizes))
 
 
@@ -235,5 +235,16 @@ def test_other_masks_are_left_to_the_other_way(device: torch.device, kind: str, 
     masks = [mask_of(6400, 0.3), mask_of(6400, 0.3, 64) if kind == "runs" else mask_of(6400, kind)]
     packed = [functional.pack_mask(mask) for mask in masks[kind == "none" :]]
     sizes = [6400] * len(packed)
-    assert plan_on_device._together(packed, sizes, device) is None
+    assert plan_on_device._together(packed, sizes, device, ()) is None
     assert_equal_plans(plan_on_device.build_on_device(packed, sizes, device), IndexPlan.build(packed, sizes))
+
+
+def test_tensors_known_to_be_empty_need_no_bits(device: torch.device, mask_of: Callable) -> None:
+    sizes = [5000, 9000, 70_000, 800]
+    packed = [functional.pack_mask(mask_of(size, 0.02)) for size in sizes]
+    packed[1], packed[3] = torch.zeros_like(packed[1]), None
+    expected = plan_on_device.build_on_device(packed, sizes, device)
+    wrong = [*packed]
+    wrong[1] = torch.full_like(packed[1], 255)  # nobody looks
+    assert_equal_plans(plan_on_device.build_on_device(wrong, sizes, device, {1}), expected)
+    assert expected.counts[1] == 0
