@@ -97,7 +97,7 @@ def find_masks(
         TypeError: a score is not a real tensor.
     """
     grain = granularity_of(granularity)
-    _check_arguments(sparsity, scope, min_layer_keep_ratio)
+    check_arguments(sparsity, scope, min_layer_keep_ratio)
     tensors = _check_scores(scores)
     eligible = _eligible(tensors, include, exclude)
     density = 1 - sparsity
@@ -172,7 +172,7 @@ def _minimums(sizes: Sequence[int], ratio: float, budget: int) -> list[int]:
     return down
 
 
-def _check_arguments(sparsity: float, scope: str, ratio: float) -> None:
+def check_arguments(sparsity: float, scope: str, ratio: float) -> None:
     if scope not in SCOPES:
         raise ValueError(f"scope must be 'global' or 'per_tensor', got {scope!r}.")
     for what, value in (("sparsity", sparsity), ("min_layer_keep_ratio", ratio)):
