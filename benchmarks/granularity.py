@@ -20,11 +20,11 @@ from torch import Tensor
 
 import sparseopt as so
 from sparseopt._files import atomic_write
+from sparseopt.masks.granularity import GRANULARITIES
 
 __all__ = ["main", "prices", "table"]
 
 HERE = Path(__file__).resolve().parent
-GRANULARITIES: tuple[int | str, ...] = (1, 8, 16, 32, "row", "column")
 SUITE = "optimizer, 525 M bf16 parameters"
 
 

@@ -28,7 +28,8 @@ from sparseopt.masks import jaccard
 from sparseopt.masks._pieces import Scores, SelectedScores
 from sparseopt.masks.find import check_arguments, find_masks, is_mlp, matches
 from sparseopt.masks.gradient_stats import GradientScores
-from sparseopt.masks.maskset import Granularity, MaskSet
+from sparseopt.masks.granularity import Granularity
+from sparseopt.masks.maskset import MaskSet
 from sparseopt.progress import Progress
 
 __all__ = ["METHODS", "Search", "find", "jaccard_report", "write_jaccard"]

@@ -17,7 +17,8 @@ from sparseopt.masks._auto import choose_grain, pick_mixed
 from sparseopt.masks._pieces import Part, Scores, TensorPart
 from sparseopt.masks._select import CACHED_GROUPS, Picked, Source, pick, shares, top
 from sparseopt.masks._structured import Structure, pick_structures
-from sparseopt.masks.maskset import AUTO, Granularity, MaskSet, granularity_of, normalize_name
+from sparseopt.masks.granularity import AUTO, Granularity, granularity_of
+from sparseopt.masks.maskset import MaskSet, normalize_name
 
 __all__ = ["find_masks", "is_mlp", "matches"]
 
