@@ -2,7 +2,7 @@
 #   PYTHON=python3     interpreter that makes the environment
 #   TORCH=2.13.0       version of torch; pip's own environment variables choose the package index
 #   PYTEST_ARGS=...    more arguments for pytest
-#   WORKERS=2          processes that `make test` spreads the tests over, one thread each
+#   WORKERS=2          processes that `make test` and `make slow` spread the tests over, one thread each
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
@@ -141,7 +141,12 @@ slow: $(STAMPS)/dev ## the slow tests: whole pipelines on a real model, packagin
 	@mkdir -p $(REPORTS)
 	# Where that fails, the tests that need it say so, and the others run.
 	[ -z "$${CI:-}" ] || $(MAKE) --no-print-directory system || true
-	$(BIN)/pytest -m "slow and not gpu" -rs --junitxml=$(REPORTS)/slow.xml $(PYTEST_ARGS)
+	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+	beside=0 alone=0
+	$(BIN)/pytest -m "slow and not gpu and not alone" -n $(WORKERS) --dist loadfile --no-loadscope-reorder -rs --junitxml=$(REPORTS)/slow.xml $(PYTEST_ARGS) || beside=$$?
+	$(BIN)/pytest -m "slow and not gpu and alone" -rs --junitxml=$(REPORTS)/slow-alone.xml $(PYTEST_ARGS) || alone=$$?
+	# 5: PYTEST_ARGS leave nothing to do for one of the two.
+	case $$beside,$$alone in 0,[05] | 5,0) ;; *) exit 1 ;; esac
 
 bench: $(STAMPS)/dev ## benchmarks beside their baselines; writes benchmarks/results and benchmarks/README.md
 	@$(BIN)/python -P -m sparseopt.benchmarks.report --run optimizer --run masks

@@ -16,7 +16,6 @@ and ``.png`` tell what is there.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import hashlib
 import json
@@ -36,7 +35,7 @@ import sparseopt as so
 from sparseopt._files import atomic_write
 from sparseopt.benchmarks import package_texts, train_results
 from sparseopt.benchmarks.dynamic_report import summary, write_report
-from sparseopt.benchmarks.study_report import append_row, read_rows
+from sparseopt.benchmarks.run_book import Row, RunBook, add_arguments, exit_code, key_of, read_rows, today
 from sparseopt.masks.apply import zero_inactive
 from sparseopt.optim.dynamic.engine import DynamicSparsity
 from sparseopt.progress import announce_device
@@ -247,48 +246,27 @@ def schedule(step: int, steps: int) -> float:
 
 # ---- all runs --------------------------------------------------------------------------------------------------------
 class Runner:
-    """Runs what ``runs.jsonl`` does not have yet; see :class:`sparseopt.benchmarks.study.Runner` for the idea."""
+    """Runs what the book does not have yet: see :class:`sparseopt.benchmarks.run_book.RunBook`."""
 
-    def __init__(
-        self, out: Path, trial: Trial, about: Mapping[str, Any], time_limit: float | None, began: float
-    ) -> None:
-        self.path, self.trial, self.about = out / "runs.jsonl", trial, dict(about)
-        self.time_limit, self.began, self.longest = time_limit, began, 0.0
-        rows = read_rows(self.path)
-        if other := [row for row in rows if row["settings"] != about["settings"]]:
-            differ = [key for key, value in about["settings"].items() if other[0]["settings"].get(key) != value]
-            raise ValueError(
-                f"{str(self.path)!r} holds runs under other settings ({', '.join(differ)}): give another folder."
-            )
-        self.rows = {row["key"]: row for row in rows}
+    def __init__(self, book: RunBook, trial: Trial) -> None:
+        self.book, self.trial = book, trial
 
     def finish(self, phase: str, policy: str, rate: float, seed: int, steps: int) -> bool:
         """Makes sure that a run is done; False where time is up."""
-        name = json.dumps([self.about["settings"], phase, policy, rate, seed, steps], sort_keys=True)
-        key = hashlib.sha256(name.encode()).hexdigest()[:16]
-        if key in self.rows:
-            return True
-        began = time.monotonic()
-        if self.time_limit is not None and began - self.began + 1.1 * self.longest > self.time_limit:
-            return False
-        if phase == "before":
-            found = self.trial.before()
-        else:
-            found = self.trial.run(policy, rate, seed, steps, "validation" if phase == "grid" else "held_out")
-        seconds = time.monotonic() - began
-        self.longest = max(self.longest, seconds)
-        row = {"key": key, "phase": phase, "arm": policy, "rate": rate, "seed": seed, "steps": steps, **found,
-               "seconds": round(seconds, 2), **self.about}  # fmt: skip
-        append_row(self.path, row)
-        self.rows[key] = row
-        shown = found.get("loss", found.get("held_out_pruned"))
-        line = f"{phase}: {policy}, rate {rate:g}, seed {seed}: loss {shown} ({seconds:.1f} s)"
-        print(line, file=sys.stderr, flush=True)
-        return True
+
+        def run() -> Row:
+            if phase == "before":
+                found = self.trial.before()
+            else:
+                found = self.trial.run(policy, rate, seed, steps, "validation" if phase == "grid" else "held_out")
+            return {"phase": phase, "arm": policy, "rate": rate, "seed": seed, "steps": steps, **found}
+
+        key = key_of(self.book.about["settings"], phase, policy, rate, seed, steps, sort_keys=True)
+        return self.book.finish(key, run)
 
     def everything(self, rates: Sequence[float], policies: Sequence[str], seeds: Sequence[int]) -> bool:
         """The grid, then all policies seed by seed; False where time was up before the end."""
-        settings = self.about["settings"]
+        settings = self.book.about["settings"]
         if not self.finish("before", "none", 0.0, 0, 0):
             return False
         if len(rates) > 1 and not all(
@@ -297,12 +275,19 @@ class Runner:
             return False
         rate = rates[0]
         if len(rates) > 1:
-            grid = [row for row in self.rows.values() if row["phase"] == "grid" and row["loss"] is not None]
+            grid = [row for row in self.book.rows.values() if row["phase"] == "grid" and row["loss"] is not None]
             if not grid:
                 raise RuntimeError("every learning rate of the grid diverged: give lower --rates.")
             rate = min(grid, key=lambda row: (row["loss"], row["rate"]))["rate"]
         # Seed by seed, so that a run cut short compares policies on the same ones.
         return all(self.finish("final", p, rate, seed, settings["steps"]) for seed in seeds for p in policies)
+
+
+def _line(row: Row) -> str:
+    shown = row.get("loss", row.get("held_out_pruned"))
+    return (
+        f"{row['phase']}: {row['arm']}, rate {row['rate']:g}, seed {row['seed']}: loss {shown} ({row['seconds']:.1f} s)"
+    )
 
 
 def run(options: argparse.Namespace) -> bool:
@@ -324,19 +309,18 @@ def run(options: argparse.Namespace) -> bool:
     }  # fmt: skip
     about = {
         "settings": settings, "environment": train_results.environment(device),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), "commit": options.commit or train_results.commit(),
+        "date": today(), "commit": options.commit or train_results.commit(),
     }  # fmt: skip
-    trial = Trial(options.model, corpus, settings, device)
-    runner = Runner(options.output, trial, about, options.time_limit, began)
-    return runner.everything(options.rates, options.policies, options.seeds)
+    book = RunBook(options.output / "runs.jsonl", about, _line, time_limit=options.time_limit, began=began)
+    return Runner(book, Trial(options.model, corpus, settings, device)).everything(
+        options.rates, options.policies, options.seeds
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sparseopt.benchmarks.dynamic_learning", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where runs and results go")
-    parser.add_argument("--report", action="store_true", help="only rewrite JSON, Markdown and picture")
-    parser.add_argument("--no_picture", action="store_true", help="no PNG (needs matplotlib)")
     parser.add_argument("--model", default="smollm2", help="smollm2, a local folder or a Hub name (%(default)s)")
     parser.add_argument("--texts", type=Path, metavar="FOLDER", help=".txt files in place of the packages' own texts")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), metavar="POLICY")
@@ -355,31 +339,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluation_windows", type=int, default=96)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--time_limit", type=float, metavar="SECONDS", help="begin no run that would end later")
-    parser.add_argument("--commit", help="recorded where the source is not a git checkout")
+    add_arguments(parser)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 complete, 1 failed, 3 stopped at the time limit (repeat to go on)."""
     options = _parser().parse_args(arguments)
-    complete = True
-    try:
+
+    def work() -> bool:
         options.output.mkdir(parents=True, exist_ok=True)
-        if not options.report:
-            complete = run(options)
+        complete = options.report or run(options)
         rows = read_rows(options.output / "runs.jsonl")
         if complete or any(row["phase"] == "final" for row in rows):
             found = summary(rows)
             atomic_write(options.output / "dynamic_learning.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
             print(write_report(found, options.output, picture=not options.no_picture))
-    except (RuntimeError, ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if not complete:
-        print("stopped at the time limit: the same command goes on.", file=sys.stderr)
-        return 3
-    return 0
+        return complete
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,8 @@ is a line of ``OUT/study.jsonl`` and is never run again under the same settings.
 from __future__ import annotations
 
 import argparse
-import datetime
-import hashlib
 import json
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +25,8 @@ from typing import Any
 import torch
 
 from sparseopt._files import FormatError, atomic_write
-from sparseopt.benchmarks import study_report
+from sparseopt.benchmarks import study_report, train_results
+from sparseopt.benchmarks.run_book import Row, RunBook, add_arguments, exit_code, key_of, today
 from sparseopt.benchmarks.study_training import Arm, Study
 from sparseopt.progress import announce_device
 
@@ -116,68 +114,24 @@ def load_pairs(folder: Path) -> tuple[str, Pairs]:
 
 
 class Runner:
-    """Runs what ``study.jsonl`` does not have yet.
+    """Runs what the study's book does not have yet: see :class:`sparseopt.benchmarks.run_book.RunBook`."""
 
-    Args:
-        out: the study's folder.
-        study: what trains and evaluates.
-        settings: part of every row's key: a row under other settings is another run.
-        environment, commit, command: recorded with every row.
-        time_limit: seconds after which no run is begun that would, by the longest so far, end later.
-    """
-
-    def __init__(
-        self,
-        out: Path,
-        study: Study,
-        settings: dict[str, Any],
-        environment: dict[str, str],
-        *,
-        commit: str = "unknown",
-        command: str = "",
-        time_limit: float | None = None,
-        began: float | None = None,
-    ) -> None:
-        self.path = out / "study.jsonl"
-        self.study, self.settings, self.environment = study, settings, environment
-        self.commit, self.command, self.time_limit = commit, command, time_limit
-        self.began = time.monotonic() if began is None else began
-        self.longest = 0.0
-        rows = study_report.read_rows(self.path)
-        other = [row for row in rows if row["settings"] != settings]
-        if other:
-            raise ValueError(
-                f"{str(self.path)!r} holds runs under other settings ({_difference(other[0]['settings'], settings)}): "
-                "give another folder."
-            )
-        self.rows = {row["key"]: row for row in rows}
+    def __init__(self, book: RunBook, study: Study) -> None:
+        self.book, self.study = book, study
 
     def finish(self, phase: str, arm: Arm, rate: float | None, seed: int | None) -> bool:
         """Makes sure that a run is done; False where time is up."""
-        key = hashlib.sha256(json.dumps([self.settings, phase, arm.name, rate, seed]).encode()).hexdigest()[:16]
-        if key in self.rows:
-            return True
-        began = time.monotonic()
-        if self.time_limit is not None and began - self.began + 1.2 * self.longest > self.time_limit:
-            return False
-        if rate is None or seed is None:
-            model = self.study.restored(arm.dtype)
-            found: dict[str, Any] = {s: self.study.evaluate(model, arm.dtype, s) for s in ("validation", "held_out")}
-        else:
-            splits = ("validation",) if phase == "grid" else ("validation", "held_out")
-            found = {"held_out": None, **self.study.run(arm, rate, seed, splits)}
-        seconds = time.monotonic() - began
-        self.longest = max(self.longest, seconds)
-        row = {
-            "key": key, "phase": phase, "arm": arm.name, "rate": rate, "seed": seed, **found,
-            "seconds": round(seconds, 2), "settings": self.settings, "environment": self.environment,
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), "commit": self.commit,
-            "command": self.command,
-        }  # fmt: skip
-        study_report.append_row(self.path, row)
-        self.rows[key] = row
-        print(_line(row), file=sys.stderr, flush=True)
-        return True
+
+        def run() -> Row:
+            if rate is None or seed is None:
+                model = self.study.restored(arm.dtype)
+                found: Row = {s: self.study.evaluate(model, arm.dtype, s) for s in ("validation", "held_out")}
+            else:
+                splits = ("validation",) if phase == "grid" else ("validation", "held_out")
+                found = {"held_out": None, **self.study.run(arm, rate, seed, splits)}
+            return {"phase": phase, "arm": arm.name, "rate": rate, "seed": seed, **found}
+
+        return self.book.finish(key_of(self.book.about["settings"], phase, arm.name, rate, seed), run)
 
     def everything(self, arms: Sequence[Arm], grid_seed: int, seeds: Sequence[int]) -> bool:
         """Runs the whole study; False where time was up before its end."""
@@ -198,7 +152,7 @@ class Runner:
         for extension in range(EXTENSIONS + 1):
             if not all(self.finish("grid", arm, rate, seed) for rate in rates):
                 return None
-            best = study_report.choose(list(self.rows.values()), arm.name)
+            best = study_report.choose(list(self.book.rows.values()), arm.name)
             assert best is not None
             if extension == EXTENSIONS or len(rates) < 2 or best not in (rates[0], rates[-1]):
                 return best
@@ -211,11 +165,6 @@ class Runner:
 
 def _rounded(rate: float) -> float:
     return float(f"{rate:.2g}")
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return ", ".join(f"{key} {old.get(key)!r} there, {new.get(key)!r} here" for key in keys)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -248,11 +197,12 @@ def run(options: argparse.Namespace, command: str) -> bool:
     }  # fmt: skip
     graphs = device.type == "cuda" and not options.no_graphs
     study = Study(options.model, pairs, settings, device, graphs=graphs)
-    runner = Runner(
-        options.out, study, settings, _environment(device, graphs), commit=options.commit or _commit(),
-        command=command, time_limit=options.time_limit, began=began,
-    )  # fmt: skip
-    return runner.everything([ARMS[name] for name in options.arms], options.grid_seed, options.seeds)
+    about = {
+        "settings": settings, "environment": _environment(device, graphs), "date": today(),
+        "commit": options.commit or train_results.commit(), "command": command,
+    }  # fmt: skip
+    book = RunBook(options.out / "study.jsonl", about, _line, time_limit=options.time_limit, began=began)
+    return Runner(book, study).everything([ARMS[name] for name in options.arms], options.grid_seed, options.seeds)
 
 
 def _environment(device: torch.device, graphs: bool) -> dict[str, str]:
@@ -275,22 +225,12 @@ def _told(given: Sequence[str], options: argparse.Namespace) -> str:
     return shlex.join(["python", "-m", "sparseopt.benchmarks.study", *(folders.get(word, word) for word in given)])
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # an installed package, or a copy without its history
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sparseopt.benchmarks.study", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("out", nargs="?", type=Path, help="folder of study.jsonl, study.json, study.md and study.png")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="write the pairs into a folder, and stop")
-    parser.add_argument("--report", action="store_true", help="only rewrite the tables and the picture")
-    parser.add_argument("--no_picture", action="store_true", help="write no study.png (needs matplotlib)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared pairs (default: made in OUT/pairs)")
     parser.add_argument("--task", choices=TASKS, default="word_sequence_reversal", help="pairs to make (%(default)s)")
     parser.add_argument("--model", default="smollm2", help="smollm2, a local folder or a Hub name (%(default)s)")
@@ -303,8 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sft_weight", type=float, default=0.0, help="weight of the chosen answers' likelihood (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--no_graphs", action="store_true", help="launch kernels one by one, without CUDA graphs")
-    parser.add_argument("--time_limit", type=float, metavar="SECONDS", help="begin no run that would end later")
-    parser.add_argument("--commit", help="recorded where the source is not a git checkout")
+    add_arguments(parser)
     return parser
 
 
@@ -315,22 +254,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     if options.prepare is None and options.out is None:
         parser.error("give the folder OUT, or --prepare FOLDER")
-    complete = True
-    try:
+
+    def work() -> bool:
         if options.prepare is not None:
             print(f"Pairs: {prepare(options.prepare, options.task)}")
-            return 0
-        if not options.report:
-            complete = run(options, _told(given, options))
+            return True
+        complete = options.report or run(options, _told(given, options))
         study_report.write_report(options.out, picture=not options.no_picture)
         print((options.out / "study.md").read_text())
-    except (RuntimeError, ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if not complete:
-        print("stopped at the time limit: the same command goes on.", file=sys.stderr)
-        return 3
-    return 0
+        return complete
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -13,36 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparseopt._files import FormatError, atomic_write
+from sparseopt._files import atomic_write
+from sparseopt.benchmarks.run_book import Row, read_rows
 
-__all__ = ["append_row", "choose", "read_rows", "score", "summarize", "write_report"]
+__all__ = ["choose", "score", "summarize", "write_report"]
 
 METRICS = {"reward_accuracy": "reward accuracy", "margin": "margin", "exact_match": "exact match"}
-Row = dict[str, Any]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a ``study.jsonl``; none where there is no file.
-
-    Raises:
-        FormatError: a line is not a JSON object of a run.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, "phase": row["phase"], "arm": row["arm"], "key": row["key"]})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise FormatError(f"line {number} of {path} is not a run of the study: {error!r}.") from error
-    return rows
-
-
-def append_row(path: Path, row: Row) -> None:
-    """Adds a row; the file is replaced as a whole, so that a kill leaves the rows before it."""
-    text = path.read_text() if path.is_file() else ""
-    atomic_write(path, f"{text}{json.dumps(row, allow_nan=False)}\n")
 
 
 def score(row: Row) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sparseopt as so
 from sparseopt import evaluate, models
-from sparseopt.masks.maskset import Granularity
+from sparseopt.masks.granularity import Granularity
 
 __all__ = ["Arm", "Encoded", "Study", "encode"]
 

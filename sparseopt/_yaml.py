@@ -53,6 +53,13 @@ def parse(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
+def problem(error: yaml.YAMLError) -> str:
+    """What is wrong with a document, and where, as the end of a sentence."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark is not None:
+        return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+    return " ".join(str(error).split())
+
+
 class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, which puts text in quotes where either of the two would read something else."""
 

@@ -158,7 +158,7 @@ def _changes(overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from sparseopt._yaml import parse
+    from sparseopt._yaml import parse, problem
 
     changes = OmegaConf.create()
     for override in overrides:
@@ -167,7 +167,9 @@ def _changes(overrides: Sequence[str]) -> dict[str, Any]:
             raise OverrideError(f"--set expects key=value, got {override!r}.")
         try:
             OmegaConf.update(changes, key, parse(value), force_add=True)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except yaml.YAMLError as error:
+            raise OverrideError(f"--set {override!r} cannot be parsed: {problem(error)}.") from error
+        except OmegaConfBaseException as error:
             raise OverrideError(f"--set {override!r} cannot be parsed: {' '.join(str(error).split())}.") from error
     plain = OmegaConf.to_container(changes, resolve=False)
     assert isinstance(plain, dict)
@@ -179,7 +181,7 @@ def _overrides(schema: Schema, overrides: Sequence[str], flags: Mapping[str, Any
     import yaml
     from omegaconf import OmegaConf
 
-    from sparseopt._yaml import parse
+    from sparseopt._yaml import parse, problem
 
     keys = [override.partition("=")[0] for override in overrides]
     for key, override in zip(keys, overrides, strict=True):
@@ -193,7 +195,7 @@ def _overrides(schema: Schema, overrides: Sequence[str], flags: Mapping[str, Any
         for key, override in zip(keys, overrides, strict=True):
             OmegaConf.update(changes, key, parse(override.partition("=")[2]))
     except yaml.YAMLError as error:
-        raise OverrideError(f"--set cannot be parsed: {' '.join(str(error).split())}.") from error
+        raise OverrideError(f"--set cannot be parsed: {problem(error)}.") from error
     for key, value in flags.items():
         OmegaConf.update(changes, key, value)
     plain = OmegaConf.to_container(changes, resolve=False)
@@ -222,12 +224,12 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ValueError(f"A configuration file ends in .yaml, .yml or .toml, got {str(path)!r}.")
     import yaml
 
-    from sparseopt._yaml import parse
+    from sparseopt._yaml import parse, problem
 
     try:
         content = parse(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"{path} is not valid YAML: {problem(error)}.") from error
     if content is None:  # empty, or comments only
         return {}
     if not isinstance(content, dict):

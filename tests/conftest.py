@@ -75,6 +75,18 @@ def tiny_folder(build_llama: Callable[..., Path]) -> Path:
     return build_llama()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of slow tests in several processes, files with the longest time limits begin first: at the end nobody waits for one."""
+    if not hasattr(config, "workerinput") or not config.option.markexpr.startswith("slow"):
+        return
+    limits: dict[Path, float] = {}
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        limits[item.path] = max(limits.get(item.path, 0.0), marker.args[0] if marker else 0.0)
+    items.sort(key=lambda item: -limits[item.path])
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     outcome = yield

@@ -16,8 +16,8 @@ FAILS = "def test_b():\n    assert False\n"
 SKIPS = "import pytest\n\n@pytest.mark.skip(reason='no such device')\ndef test_c():\n    pass\n"
 
 
-def ci(folder: Path, suites: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs .ci/run in a folder whose Makefile runs one test file per suite."""
+def ci(folder: Path, suites: dict[str, str], alone: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs .ci/run in a folder whose Makefile runs one test file per suite, and ``alone`` after the slow ones."""
     (folder / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
     rules = []
@@ -25,7 +25,10 @@ def ci(folder: Path, suites: dict[str, str]) -> subprocess.CompletedProcess[str]
         (folder / f"test_{suite}.py").write_text(tests)
         pytest_command = f"{sys.executable} -m pytest -q -p no:cacheprovider -rs --junitxml=$(REPORTS)/{suite}.xml"
         rules.append(f"{suite}:\n\t{pytest_command} test_{suite}.py\n")
-    (folder / "Makefile").write_text("\n".join(rules))
+        if suite == "slow" and alone:
+            (folder / "test_alone.py").write_text(alone)
+            rules.append(f"\t{pytest_command.replace('slow.xml', 'slow-alone.xml')} test_alone.py\n")
+    (folder / "Makefile").write_text("".join(rules))
     return subprocess.run(
         ["bash", ".ci/run"],
         cwd=folder,
@@ -53,6 +56,14 @@ def test_ci_run(tmp_path: Path, test: str, slow: str, code: int, last: str, word
     assert result.returncode == code
     assert result.stdout.splitlines()[-1] == last
     assert words in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("alone", "last"), [(PASSES, "3 passed, 0 failed"), (FAILS, "2 passed, 1 failed")])
+def test_ci_run_counts_what_ran_alone(tmp_path: Path, alone: str, last: str) -> None:
+    result = ci(tmp_path, {"test": PASSES, "slow": PASSES}, alone)
+    assert result.returncode == int("1 failed" in last)
+    assert "make slow: 2 ran, 0 skipped" in result.stdout
+    assert result.stdout.splitlines()[-1] == f"{last}, 0 skipped"
 
 
 def test_ci_run_without_a_suite(tmp_path: Path) -> None:

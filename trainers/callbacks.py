@@ -1,6 +1,7 @@
 """Trainer callbacks that commands share: progress with the loss, a metrics file, and stopping without losing anything.
 
-And what callbacks that report values share: :func:`come_first` and :func:`add_to_entry`.
+And what callbacks share that show a bar (:class:`HasBar`) or report values (:class:`NextEntry`, :func:`come_first`,
+:func:`add_to_entry`).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from transformers.trainer_callback import CallbackHandler
 from sparseopt._files import atomic_write
 from sparseopt.progress import Progress
 
-__all__ = ["InterruptGuard", "MetricsFile", "StepTimer", "TrainProgress", "add_to_entry", "calling", "come_first",
-           "quantiles"]  # fmt: skip
+__all__ = ["HasBar", "InterruptGuard", "MetricsFile", "NextEntry", "StepTimer", "TrainProgress", "add_to_entry",
+           "calling", "come_first", "quantiles"]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -37,15 +38,31 @@ SHOWN = {
 }  # fmt: skip
 
 
-class TrainProgress(TrainerCallback):
+class HasBar(TrainerCallback):
+    """Shows one progress bar at a time, which ends with training at the latest."""
+
+    _progress: Progress | None = None
+
+    def open(self, label: str, total: int, *, unit: str, completed: int = 0) -> None:
+        """Begins a bar; the arguments are those of :class:`sparseopt.progress.Progress`."""
+        self._progress = Progress(label, total, unit=unit, completed=completed)
+        self._progress.__enter__()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the bar; also after an error, when the trainer calls nobody."""
+        if self._progress is not None:
+            self._progress.__exit__(type(error) if error else None, error, None)
+            self._progress = None
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.close()
+
+
+class TrainProgress(HasBar):
     """A progress bar with the loss and other logged values; takes the place of transformers' own bar."""
 
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        self._progress = Progress("train", state.max_steps, unit="step", completed=state.global_step)
-        self._progress.__enter__()
+        self.open("train", state.max_steps, unit="step", completed=state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, float] | None = None, **kw: Any) -> None:  # fmt: skip
@@ -56,15 +73,6 @@ class TrainProgress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if self._progress is not None and not control.should_log:  # the log entry of this step follows
             self._progress.update(completed=state.global_step)
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Ends the bar; also after an error, when the trainer calls nobody."""
-        if self._progress is not None:
-            self._progress.__exit__(type(error) if error else None, error, None)
-            self._progress = None
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        self.close()
 
 
 class MetricsFile(TrainerCallback):
@@ -251,3 +259,16 @@ def add_to_entry(values: dict[str, Any], logs: dict[str, Any], state: TrainerSta
     logs.update(values)
     if state.log_history and state.log_history[-1].get("step") == state.global_step:
         state.log_history[-1].update(values)
+
+
+class NextEntry(TrainerCallback):
+    """Keeps values for trackers until the trainer's next log entry of training; one of an evaluation gets none."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+               logs: dict[str, Any] | None = None, **kw: Any) -> None:  # fmt: skip
+        if self._values and logs is not None and not any(key.startswith("eval_") for key in logs):
+            add_to_entry(self._values, logs, state)
+            self._values = {}

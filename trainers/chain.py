@@ -32,7 +32,7 @@ from sparseopt._files import atomic_write
 from sparseopt.deltas.find import Search, find
 from sparseopt.deltas.reconstruct import write_checkpoint
 from sparseopt.masks.gradient_stats import save_gradient_stats
-from sparseopt.masks.maskset import granularity_of
+from sparseopt.masks.granularity import granularity_of
 from sparseopt.progress import announce_device
 from sparseopt.trainers import dpo, grpo
 from sparseopt.trainers.bookkeeping import versions

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from sparseopt.masks.maskset import MaskSet
 from sparseopt.optim.dynamic.engine import DynamicSparsity as Engine
@@ -16,7 +16,7 @@ from sparseopt.optim.dynamic.patterns import parse_pattern
 from sparseopt.optim.dynamic.policy import Plan, check_sparsity
 from sparseopt.optim.sparse_adamw import SparseAdamW
 from sparseopt.trainers.attachment import attach
-from sparseopt.trainers.callbacks import add_to_entry, come_first
+from sparseopt.trainers.callbacks import NextEntry, come_first
 from sparseopt.trainers.delta_logger import sparse_of
 
 __all__ = ["DynamicSparsity"]
@@ -25,7 +25,7 @@ STATE_KEY = "dynamic_sparsity"  # in the optimizer's state dict
 LOGGED = ("sparsity", "churn", "regrown", "inactive_grad_norm")
 
 
-class DynamicSparsity(TrainerCallback):
+class DynamicSparsity(NextEntry):
     """Changes a trainer's masks while it trains: ``DynamicSparsity(sparsity=0.8).attach(trainer)``, then ``trainer.train()``.
 
     Every ``interval`` optimizer steps the policy exchanges entries (:class:`sparseopt.optim.dynamic.engine.DynamicSparsity`
@@ -52,6 +52,7 @@ class DynamicSparsity(TrainerCallback):
             ValueError: an unknown pattern, or numbers out of range.
             TypeError: an unknown argument.
         """
+        super().__init__()
         known = set(Engine.__init__.__kwdefaults__ or ()) - {"exclude"}  # total_steps has no default
         for name in options:
             if name not in known:
@@ -66,7 +67,6 @@ class DynamicSparsity(TrainerCallback):
             check_sparsity(options["sparsity"], "the sparsity")
         self.engine: Engine | None = None
         self._saved: dict[str, Any] | None = None
-        self._values: dict[str, float] = {}
         self._distributed = False
 
     def attach(self, trainer: Trainer, **sparse_adamw_kwargs: Any) -> None:
@@ -153,12 +153,6 @@ class DynamicSparsity(TrainerCallback):
         if record is not None:
             values = {key: record[key] for key in (*LOGGED, "step") if record[key] is not None}
             self._values = {f"dynamic/{key}": value for key, value in values.items()}
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-               logs: dict[str, Any] | None = None, **kw: Any) -> None:  # fmt: skip
-        if self._values and logs is not None and not any(key.startswith("eval_") for key in logs):
-            add_to_entry(self._values, logs, state)
-            self._values = {}
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if self.engine is not None:

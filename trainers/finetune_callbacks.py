@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from sparseopt._files import atomic_write
-from sparseopt.progress import Progress, format_values
-from sparseopt.trainers.callbacks import quantiles
+from sparseopt.progress import format_values
+from sparseopt.trainers.callbacks import HasBar, quantiles
 from sparseopt.trainers.dynamic import DynamicSparsity
 
 __all__ = ["HISTORY", "EvaluationProgress", "MaskHistory", "TimedSparsity"]
@@ -52,7 +52,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class MaskHistory(TrainerCallback):
+class MaskHistory(HasBar):
     """Keeps the file of mask changes up to date, and shows a bar of the updates, or a line for each.
 
     The file holds ``layers``, ``layer_entries``, ``first`` (step 0: ``active``, ``sparsity``) and ``updates``, the records of
@@ -61,7 +61,6 @@ class MaskHistory(TrainerCallback):
 
     def __init__(self, dynamic: TimedSparsity, path: Path) -> None:
         self._dynamic, self._path = dynamic, path
-        self._progress: Progress | None = None
         self._first: dict[str, Any] = {}
         self._total = 0
 
@@ -75,8 +74,7 @@ class MaskHistory(TrainerCallback):
         self._write()
         self._total = sum(map(engine.plan.updates, range(1, state.max_steps + 1)))
         if self._total and sys.stderr.isatty():
-            self._progress = Progress("masks", self._total, unit="update", completed=len(engine.history))
-            self._progress.__enter__()
+            self.open("masks", self._total, unit="update", completed=len(engine.history))
 
     def _write(self) -> None:
         engine = self._dynamic.engine
@@ -103,17 +101,8 @@ class MaskHistory(TrainerCallback):
         print(f"masks: update {count} after step {state.global_step} {took} s, {format_values(values)}",
               file=sys.stderr, flush=True)  # fmt: skip
 
-    def close(self, error: BaseException | None = None) -> None:
-        """Ends the bar; also after an error, when the trainer calls nobody."""
-        if self._progress is not None:
-            self._progress.__exit__(type(error) if error else None, error, None)
-            self._progress = None
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        self.close()
-
-
-class EvaluationProgress(TrainerCallback):
+class EvaluationProgress(HasBar):
     """A bar on a terminal while held-out samples are evaluated, and a line with the outcome.
 
     Attributes:
@@ -122,7 +111,6 @@ class EvaluationProgress(TrainerCallback):
 
     def __init__(self) -> None:
         self.stage: str | None = None
-        self._progress: Progress | None = None
 
     def on_prediction_step(
         self,
@@ -133,8 +121,7 @@ class EvaluationProgress(TrainerCallback):
         **kw: Any,
     ) -> None:
         if self._progress is None and sys.stderr.isatty():
-            self._progress = Progress("evaluate", len(eval_dataloader), unit="batch")
-            self._progress.__enter__()
+            self.open("evaluate", len(eval_dataloader), unit="batch")
         if self._progress is not None:
             self._progress.update()
 
@@ -142,9 +129,7 @@ class EvaluationProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
         metrics: dict[str, float] | None = None, **kw: Any,
     ) -> None:  # fmt: skip
-        if self._progress is not None:
-            self._progress.__exit__(None, None, None)
-            self._progress = None
+        self.close()
         figures = {key.removeprefix("eval_"): value for key, value in (metrics or {}).items()}
         shown = {f"held-out {key}": figures[key] for key in ("loss", "accuracy") if key in figures}
         when = self.stage or ("first masks" if not state.global_step else f"step {state.global_step}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,13 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import sparseopt as so
 from sparseopt._background import Background
-from sparseopt._files import FormatError
 from sparseopt.masks.collect import GradientEMA, check_tolerances
-from sparseopt.trainers.callbacks import add_to_entry, calling, come_first
+from sparseopt.trainers.accumulation_files import AccumulationFiles
+from sparseopt.trainers.callbacks import NextEntry, calling, come_first
 from sparseopt.trainers.delta_logger import sparse_of
 
 __all__ = ["MaskCollector", "collector_of"]
@@ -26,7 +25,7 @@ FLUSH_SECONDS = 120.0  # how long the end of training waits for uploads; the res
 LARGE = 1 << 28  # bytes: an accumulation that should not be written at every step
 
 
-class MaskCollector(TrainerCallback):
+class MaskCollector(NextEntry):
     """Accumulates squared gradients and makes masks of them: ``callbacks=[MaskCollector(folder, save_interval=1000)]``.
 
     In ``folder/grad_acc/``: ``grad_ema_step_N.safetensors``, the accumulation (4 bytes per trained entry; a resumed
@@ -110,19 +109,20 @@ class MaskCollector(TrainerCallback):
                 "is uploaded; a larger interval makes fewer commits.",
                 stacklevel=2,
             )
+        super().__init__()
         self.folder = Path(output_dir) / "grad_acc"
         self.save_interval, self.mask_save_interval, self.hf_upload_interval = intervals.values()
         self.tolerances = check_tolerances(tolerance)
         self.save_masks, self.upload_to_hf = save_masks, upload_to_hf
         self.hf_repo_id, self.hf_private = hf_repo_id, hf_private
         self.keep_accumulations, self.base_model = keep_accumulations, base_model
+        self._accumulations = AccumulationFiles(self.folder, keep_accumulations)
         self.ema: GradientEMA | None = None
         self._options: dict[str, Any] = {
             "beta": beta, "epsilon": epsilon, "bias_correction": bias_correction, "offload": offload,
         }  # fmt: skip
         self._uploader: Any = None
         self._writer: Background | None = None
-        self._values: dict[str, Any] = {}
         self._undo: list[Callable[[], None]] = []
         self._active = self._collected = self._warned = False
 
@@ -144,7 +144,7 @@ class MaskCollector(TrainerCallback):
         self.ema = GradientEMA(model, **self._options)
         if self.base_model is None:
             self.base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        exact = self._resume(self.ema, state.global_step)
+        exact = self._accumulations.resume(self.ema, state.global_step)
         if self.save_interval == 1 and self.ema.nbytes >= LARGE:
             warnings.warn(f"save_interval=1 writes {self.ema.nbytes / 2**30:.1f} GiB of accumulation at every step.",
                           stacklevel=2)  # fmt: skip
@@ -164,7 +164,7 @@ class MaskCollector(TrainerCallback):
                 say=_say,
             )  # fmt: skip
         self._writer = Background("sparseopt-masks")
-        self._active, self._collected, self._warned, self._values = True, False, False, {}
+        self._active, self._collected, self._warned = True, False, False
         step = state.global_step
         if exact and self._masks_due(step) and not all(path.is_file() for path in self._mask_files(step)):
             self._make_masks(args, self.ema, step)  # the checkpoint was complete before the masks were
@@ -197,16 +197,14 @@ class MaskCollector(TrainerCallback):
         if save:
             self._save(args, ema, step)
 
+    def _save(self, args: TrainingArguments, ema: GradientEMA, step: int) -> None:
+        self._accumulations.save(ema, step, self.base_model, checkpoints=Path(args.output_dir or "."))
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """A checkpoint was written: what continues from it needs the accumulation of its step."""
-        if self._active and self.ema is not None and self.ema.count and not self._file(state.global_step).is_file():
-            self._save(args, self.ema, state.global_step)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-               logs: dict[str, Any] | None = None, **kw: Any) -> None:  # fmt: skip
-        if self._active and self._values and logs is not None and not any(key.startswith("eval_") for key in logs):
-            add_to_entry(self._values, logs, state)
-            self._values = {}
+        step, ema = state.global_step, self.ema
+        if self._active and ema is not None and ema.count and not self._accumulations.path(step).is_file():
+            self._save(args, ema, step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         try:
@@ -290,54 +288,11 @@ class MaskCollector(TrainerCallback):
             uploader = self._uploader if self._uploads_at(step) else None
             self._writer.submit(_write, files, found[: len(files)], step, uploader)
 
-    # ---- the accumulation's files ------------------------------------------------------------------------------------
-    def _file(self, step: int) -> Path:
-        return self.folder / f"grad_ema_step_{step}.safetensors"
-
-    def _saved(self) -> list[int]:
-        """Steps with a saved accumulation, ascending."""
-        found = (
-            re.fullmatch(r"grad_ema_step_(\d+)\.safetensors", path.name) for path in self.folder.glob("grad_ema_*")
-        )
-        return sorted(int(match[1]) for match in found if match)
-
-    def _save(self, args: TrainingArguments, ema: GradientEMA, step: int) -> None:
-        ema.save(self._file(step), step=str(step), base_model=self.base_model or "")
-        if self.keep_accumulations > 0:
-            for old in self._saved()[: -self.keep_accumulations]:
-                # The one that a checkpoint continues from stays as long as the checkpoint.
-                if not (Path(args.output_dir or ".") / f"checkpoint-{old}").is_dir():
-                    self._file(old).unlink(missing_ok=True)
-
-    def _resume(self, ema: GradientEMA, step: int) -> bool:
-        """Continues from the newest accumulation that is not later than ``step``; later ones belong to a past that is not.
-        Returns whether it is that of ``step``."""
-        saved = self._saved()
-        later = [other for other in saved if other > step]
-        for other in later:
-            self._file(other).unlink()
-        if later:
-            _say(f"Removed {len(later)} saved accumulations of steps after {step} from {self.folder}.")
-        for found in reversed(saved[: len(saved) - len(later)]):
-            try:
-                ema.load(self._file(found))
-            except FormatError as error:
-                warnings.warn(f"{error} An older accumulation is looked for.", stacklevel=3)
-                continue
-            if found < step:
-                warnings.warn(f"the accumulation of step {found} is the newest of this training, which resumes at step "
-                              f"{step}: the gradients between are missing from it.", stacklevel=3)  # fmt: skip
-            return found == step
-        if step:
-            warnings.warn(f"training resumes at step {step}, but '{self.folder}' holds no accumulation up to there: the "
-                          "accumulation starts anew.", stacklevel=3)  # fmt: skip
-        return False
-
     # ---- ending ----------------------------------------------------------------------------------------------------------
     def close(self) -> None:
         """Lets go of the trainer, waits for masks that are being written and raises their error; uploads that are not done
         stay in ``grad_acc/spool``. ``ema`` stays."""
-        self._active = False
+        self._active, self._values = False, {}
         while self._undo:
             self._undo.pop()()
         writer, self._writer = self._writer, None

@@ -17,7 +17,7 @@ import sparseopt as so
 from sparseopt import models
 from sparseopt._files import atomic_folder
 from sparseopt.masks.find import is_mlp
-from sparseopt.masks.maskset import granularity_of
+from sparseopt.masks.granularity import granularity_of
 from sparseopt.trainers.attachment import resolve_names
 from sparseopt.trainers.scoring import gradient_scores, scored_parameters
 

@@ -6,18 +6,18 @@ import warnings
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from sparseopt.topk_attention import TopKHeads, check_ratio
-from sparseopt.trainers.callbacks import add_to_entry, come_first
+from sparseopt.trainers.callbacks import NextEntry, come_first
 
 __all__ = ["TopKAttention"]
 
 WARM_UP = 10  # steps, unless said otherwise
 
 
-class TopKAttention(TrainerCallback, ExportableState):
+class TopKAttention(NextEntry, ExportableState):
     """Masks attention heads while any transformers or TRL trainer trains: ``trainer.add_callback(TopKAttention(ratio=0.5))``.
 
     Heads are ranked by gradient x activation (:mod:`sparseopt.topk_attention` has the equation). A first choice is made after
@@ -51,6 +51,7 @@ class TopKAttention(TrainerCallback, ExportableState):
         Raises:
             ValueError: a number out of range.
         """
+        super().__init__()
         self._ratio = check_ratio(ratio)
         for name, value in (("interval", interval), ("warmup", warmup)):
             if (value is not None or name == "interval") and (type(value) is not int or value < 1):
@@ -64,7 +65,6 @@ class TopKAttention(TrainerCallback, ExportableState):
         self._interval, self._warmup = interval, warmup
         self._top: TopKHeads | None = None
         self._first = 0
-        self._values: dict[str, float] = {}
 
     @property
     def heads(self) -> dict[str, Tensor]:
@@ -132,12 +132,6 @@ class TopKAttention(TrainerCallback, ExportableState):
             changed = sum(self._top.choose().values())
             kept = sum(int(heads.sum()) for heads in self._top.heads.values())
             self._values = {"topk_attention/kept": kept, "topk_attention/changed": changed}
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-               logs: dict[str, Any] | None = None, **kw: Any) -> None:  # fmt: skip
-        if self._values and logs is not None and not any(key.startswith("eval_") for key in logs):
-            add_to_entry(self._values, logs, state)
-            self._values = {}
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if self._top is not None:

@@ -12,7 +12,11 @@ import typer
 
 from sparseopt.cli._command import Command, DebugFlag, DeviceOption, JsonFlag, example, group, print_json
 
-app = group("bench", help="Measure speed and memory against the best of what people have.")
+app = group(
+    "bench",
+    help="Measure speed and memory against the best of what people have.",
+    epilog=example("sparseopt bench optimizer", "sparseopt bench lm --help"),
+)
 
 Shape = Annotated[
     str | None,

@@ -10,7 +10,14 @@ import typer
 from sparseopt.cli import deltas_patch, deltas_push
 from sparseopt.cli._command import Command, DebugFlag, DeviceOption, JsonFlag, example, group, print_json
 
-app = group("deltas", help="Look at delta logs, rebuild checkpoints from them, make weight patches, share deltas.")
+app = group(
+    "deltas",
+    help="Look at delta logs, rebuild checkpoints from them, make weight patches, share deltas.",
+    epilog=example(
+        "sparseopt deltas info --delta_log_dir delta_logs_smollm2",
+        "sparseopt deltas reconstruct --delta_log_dir delta_logs_smollm2 --step 100 --output_dir step_100",
+    ),
+)
 
 Log = Annotated[Path, typer.Option("--delta_log_dir", metavar="DIR", help="Folder of the delta log.")]
 

@@ -13,7 +13,14 @@ from sparseopt.cli._command import Command, DebugFlag, DeviceOption, JsonFlag, e
 if TYPE_CHECKING:
     from sparseopt import MaskSet
 
-app = group("masks", help="Find masks; look at, compare, merge and draw mask files (.safetensors or .pt).")
+app = group(
+    "masks",
+    help="Find masks; look at, compare, merge and draw mask files (.safetensors or .pt).",
+    epilog=example(
+        "sparseopt masks find --model_name smollm2 --method weight_magnitude --sparsity_percent 90 --output mask.safetensors",
+        "sparseopt masks info mask.safetensors",
+    ),
+)
 app.command("find", cls=Command, epilog=masks_find.EXAMPLE)(masks_find.find)
 
 PerLayerFlag = Annotated[bool, typer.Option("--per_layer", help="One line per parameter as well.")]
@@ -85,7 +92,9 @@ def _layer(masks: MaskSet, name: str) -> dict[str, Any]:
     ),
 )
 def compare(
-    files: Annotated[list[Path], typer.Argument(metavar="A B [C...]", help="Mask files over the same parameters.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Two mask files or more, over the same parameters.")
+    ],
     per_layer: PerLayerFlag = False,
     per_kind: Annotated[
         bool, typer.Option("--per_kind", help="One line per kind of module, projection and layer as well.")
@@ -143,7 +152,9 @@ def _print_comparison(result: dict[str, Any], groups: dict[str, bool], indent: s
     ),
 )
 def merge(
-    files: Annotated[list[Path], typer.Argument(metavar="A B...", help="Mask files over the same parameters.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Two mask files or more, over the same parameters.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", metavar="FILE", help="Where to write: .safetensors, or .pt for bool tensors.")
     ],

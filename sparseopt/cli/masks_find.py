@@ -127,7 +127,7 @@ def find(
     if compute_jaccard and delta_log_dir is None:
         raise typer.BadParameter("--compute_jaccard needs --delta_log_dir.")
     from sparseopt.deltas.find import Search, require_plotting
-    from sparseopt.masks.maskset import granularity_of
+    from sparseopt.masks.granularity import granularity_of
 
     if compute_jaccard:
         require_plotting()

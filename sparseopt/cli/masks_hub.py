@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 PUSH = example(
     "sparseopt masks push mask.safetensors --repo_id user/model-gradient-masks --step 1000",
-    "sparseopt masks push --pending outputs/grad_acc/uploads",
+    "sparseopt masks push --pending outputs/grad_acc/spool",
 )
 PULL = example("sparseopt masks pull user/model-gradient-masks --step latest --output mask.safetensors")
 

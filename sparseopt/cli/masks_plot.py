@@ -19,7 +19,7 @@ PICTURES = ("evolution", "layers", "kinds")
 
 
 def plot(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Mask files of one model, one a step.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Mask files of one model, one a step.")],
     output: Annotated[
         Path,
         typer.Option(

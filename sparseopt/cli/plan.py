@@ -25,16 +25,16 @@ def plan(
     shape: Annotated[
         str | None, typer.Option("--shape", metavar="NAME", help="A known model's shape, such as llama-3.2-3b.")
     ] = None,
-    sparsity: Annotated[float, typer.Option("--sparsity", help="Share of inactive entries.")] = 0.975,
-    batch: Annotated[int, typer.Option("--batch", help="Sequences of a step (dpo: pairs).")] = 1,
-    seq: Annotated[int, typer.Option("--seq", help="Tokens of a sequence.")] = 512,
+    sparsity: Annotated[float, typer.Option("--sparsity", help="Share of inactive entries, [0, 1).")] = 0.975,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences of a step (dpo: pairs).")] = 1,
+    seq: Annotated[int, typer.Option("--seq", min=1, help="Tokens of a sequence.")] = 512,
     workload: Annotated[
         str, typer.Option("--workload", help="lm, dpo or grpo, as `sparseopt bench` runs them.")
     ] = "lm",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient_checkpointing", help="Recompute activations in backward.")
     ] = False,
-    rank: Annotated[int, typer.Option("--rank", help="Of LoRA's adapters, in every linear layer.")] = 16,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of LoRA's adapters, in every linear layer.")] = 16,
     adapters: Annotated[
         str, typer.Option("--adapters", help="dtype of LoRA's adapters: bf16, or fp32 as PEFT makes them by default.")
     ] = "bf16",
@@ -57,6 +57,8 @@ def plan(
         raise typer.BadParameter("give either --model or --shape.")
     if adapters not in _ADAPTERS:
         raise typer.BadParameter(f"--adapters must be bf16 or fp32, got {adapters!r}.")
+    if master not in ("residual", "fp32"):
+        raise typer.BadParameter(f"--master must be residual or fp32, got {master!r}.")
     from sparseopt import planning
 
     job = planning.Job(batch, seq, workload, gradient_checkpointing)

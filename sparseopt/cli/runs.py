@@ -12,7 +12,9 @@ from sparseopt.cli import runs_gradients, runs_report
 from sparseopt.cli._command import Command, DebugFlag, JsonFlag, example, group, print_json
 
 app = group(
-    "runs", help="Look at runs of experiments: list, filter, sort, show, export; analyse gradients; report on a sweep."
+    "runs",
+    help="Look at runs of experiments: list, filter, sort, show, export; analyse gradients; report on a sweep.",
+    epilog=example("sparseopt runs list --sort_by final_valid_loss", "sparseopt runs show RUN"),
 )
 
 BaseDirOption = Annotated[Path, typer.Option("--base_dir", help="Folder of the runs.")]
@@ -169,7 +171,7 @@ def checkpoints(folder: Path) -> list[Path]:
 )
 def export(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN...]", help="Ids, or beginnings of ids (default: all runs).")
+        list[str] | None, typer.Argument(metavar="RUN", help="Ids, or beginnings of ids (default: all runs).")
     ] = None,
     to: Annotated[str, typer.Option("--to", help="wandb (offline files) or mlflow (a file store).")] = "mlflow",
     output_dir: Annotated[

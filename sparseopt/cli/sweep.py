@@ -15,7 +15,14 @@ from sparseopt.cli.runs import BaseDirOption, json_ready
 if TYPE_CHECKING:
     from sparseopt.runs.sweeps import Plan
 
-app = group("sweep", help="Run many combinations of settings, as a sweep file asks for them; resumable.")
+app = group(
+    "sweep",
+    help="Run many combinations of settings, as a sweep file asks for them; resumable.",
+    epilog=example(
+        "sparseopt sweep run configs/train_config.yaml configs/sweep_config.yaml --jobs 2",
+        "sparseopt sweep status learning_rate_sweep",
+    ),
+)
 
 NameArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep_name of the sweep file.")]
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration of every run (YAML or TOML).")]
@@ -90,7 +97,8 @@ def submit(
         int | None, typer.Option("--jobs", "--array_parallelism", min=1, help="Runs at a time (default: 256).")
     ] = None,
     setup: Annotated[
-        list[str] | None, typer.Option("--setup", help="Line of shell before the run, 'module load cuda'; repeatable.")
+        list[str] | None,
+        typer.Option("--setup", metavar="LINE", help="Line of shell before the run, 'module load cuda'; repeatable."),
     ] = None,
     extra: Annotated[
         list[str] | None,

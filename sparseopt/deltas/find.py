@@ -26,9 +26,10 @@ from sparseopt.deltas.scores import METHODS as LOG_METHODS
 from sparseopt.deltas.scores import LogScores
 from sparseopt.masks import jaccard
 from sparseopt.masks._pieces import Scores, SelectedScores
-from sparseopt.masks.find import find_masks, is_mlp, matches
+from sparseopt.masks.find import check_arguments, find_masks, is_mlp, matches
 from sparseopt.masks.gradient_stats import GradientScores
-from sparseopt.masks.maskset import Granularity, MaskSet
+from sparseopt.masks.granularity import Granularity
+from sparseopt.masks.maskset import MaskSet
 from sparseopt.progress import Progress
 
 __all__ = ["METHODS", "Search", "find", "jaccard_report", "write_jaccard"]
@@ -78,6 +79,7 @@ class Search:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
         if not 0 <= self.sparsity_percent <= 100:
             raise ValueError(f"sparsity_percent must lie in 0..100, got {self.sparsity_percent}.")
+        check_arguments(self.sparsity_percent / 100, self.scope, self.min_layer_keep_ratio)
         if self.method == "gradient" and self.gradient_stats is None:
             raise ValueError("method 'gradient' needs gradient statistics: give a file (gradient_stats).")
         if self.from_log and self.delta_log_dir is None:

@@ -17,7 +17,8 @@ from sparseopt.masks._auto import choose_grain, pick_mixed
 from sparseopt.masks._pieces import Part, Scores, TensorPart
 from sparseopt.masks._select import CACHED_GROUPS, Picked, Source, pick, shares, top
 from sparseopt.masks._structured import Structure, pick_structures
-from sparseopt.masks.maskset import AUTO, Granularity, MaskSet, granularity_of, normalize_name
+from sparseopt.masks.granularity import AUTO, Granularity, granularity_of
+from sparseopt.masks.maskset import MaskSet, normalize_name
 
 __all__ = ["find_masks", "is_mlp", "matches"]
 
@@ -97,7 +98,7 @@ def find_masks(
         TypeError: a score is not a real tensor.
     """
     grain = granularity_of(granularity)
-    _check_arguments(sparsity, scope, min_layer_keep_ratio)
+    check_arguments(sparsity, scope, min_layer_keep_ratio)
     tensors = _check_scores(scores)
     eligible = _eligible(tensors, include, exclude)
     density = 1 - sparsity
@@ -172,7 +173,7 @@ def _minimums(sizes: Sequence[int], ratio: float, budget: int) -> list[int]:
     return down
 
 
-def _check_arguments(sparsity: float, scope: str, ratio: float) -> None:
+def check_arguments(sparsity: float, scope: str, ratio: float) -> None:
     if scope not in SCOPES:
         raise ValueError(f"scope must be 'global' or 'per_tensor', got {scope!r}.")
     for what, value in (("sparsity", sparsity), ("min_layer_keep_ratio", ratio)):

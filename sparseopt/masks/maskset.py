@@ -18,25 +18,12 @@ from torch import Tensor
 
 from sparseopt import functional
 from sparseopt.masks._names import normalize_name
+from sparseopt.masks.granularity import AUTO, Granularity, granularity_of
 
-__all__ = ["AUTO", "DERIVED_METADATA", "Granularity", "MaskSet", "granularity_of", "normalize_name"]
+__all__ = ["DERIVED_METADATA", "MaskSet", "normalize_name"]
 
-Granularity = int | str
-
-GRANULARITIES: tuple[Granularity, ...] = (1, 8, 16, 32, "row", "column")
-AUTO = "auto"  # find_masks chooses for each tensor
 # Metadata that follows from the bits; always present, always computed.
 DERIVED_METADATA = ("total_parameters", "active_parameters", "active_fraction", "sparsity")
-
-
-def granularity_of(value: object) -> Granularity:
-    """Checks a granularity: 1, 8, 16, 32 (an int or its decimal string), ``"row"``, ``"column"`` or ``"auto"``."""
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    for allowed in (*GRANULARITIES, AUTO):
-        if type(value) is type(allowed) and value == allowed:
-            return allowed
-    raise ValueError(f"granularity must be 1, 8, 16, 32, 'row', 'column' or 'auto', got {value!r}.")
 
 
 class MaskSet:

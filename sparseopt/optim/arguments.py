@@ -10,7 +10,14 @@ from torch import Tensor
 
 from sparseopt.masks.maskset import MaskSet
 
-__all__ = ["check_dtypes", "check_hyperparameters", "new_masks", "refuse_shared_storage", "resolve_masks"]
+__all__ = [
+    "check_dtypes",
+    "check_hyperparameters",
+    "check_options",
+    "new_masks",
+    "refuse_shared_storage",
+    "resolve_masks",
+]
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:
@@ -32,6 +39,20 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
     if not weight_decay >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+
+
+def check_options(
+    unmasked: object, master_weights: object, max_grad_norm: float | None, reduce_dtype: torch.dtype
+) -> None:
+    """Raises ValueError for options of the whole optimizer that are out of range."""
+    if unmasked not in ("error", "freeze", "dense"):
+        raise ValueError(f"unmasked must be 'error', 'freeze' or 'dense', got {unmasked!r}.")
+    if master_weights not in (True, False, "residual", "fp32"):
+        raise ValueError(f"master_weights must be True, False, 'residual' or 'fp32', got {master_weights!r}.")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
+    if reduce_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"reduce_dtype must be torch.float32 or torch.bfloat16, got {reduce_dtype}.")
 
 
 def check_dtypes(params: Iterable[Tensor]) -> None:

@@ -17,7 +17,7 @@ from sparseopt.optim.remapping import change_masks
 if TYPE_CHECKING:
     from sparseopt.optim.sparse_adamw import SparseAdamW
 
-__all__ = ["build", "update_masks"]
+__all__ = ["build", "mask_new_parameters", "update_masks"]
 
 
 def build(optimizer: SparseAdamW) -> None:
@@ -71,6 +71,24 @@ def build(optimizer: SparseAdamW) -> None:
 
 
 @torch.no_grad()
+def mask_new_parameters(optimizer: SparseAdamW) -> None:
+    """Masks for the parameters of a group that was just added, as ``unmasked`` says.
+
+    Raises:
+        ValueError: ``unmasked="error"`` beside masks; the group is gone again.
+    """
+    known = optimizer._current_masks()
+    masked = any(mask is not None for mask in known.values())
+    for name, param, _ in optimizer._layout():
+        if name in known:
+            continue
+        if masked and optimizer._options["unmasked"] == "error":
+            optimizer.param_groups.pop()
+            raise ValueError(f"parameter {name!r} was added without a mask; unmasked='dense' would train all of it.")
+        freeze = masked and optimizer._options["unmasked"] == "freeze"
+        optimizer._masks[name] = torch.zeros((param.numel() + 7) // 8, dtype=torch.uint8) if freeze else None
+
+
 def update_masks(
     optimizer: SparseAdamW, masks: MaskSet | Mapping[str, Tensor], copies: Mapping[str, Tensor] | None
 ) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from sparseopt.masks.maskset import MaskSet, normalize_name
 from sparseopt.optim import building, checkpoint, distributed, sharding, stepping, structured, weights
 from sparseopt.optim.arena import Arena, Saved
-from sparseopt.optim.arguments import check_dtypes, check_hyperparameters, resolve_masks
+from sparseopt.optim.arguments import check_dtypes, check_hyperparameters, check_options, resolve_masks
 from sparseopt.optim.capture import GradientCapture
 
 if TYPE_CHECKING:
@@ -86,14 +86,7 @@ class SparseAdamW(Optimizer):
         reduce_dtype: torch.dtype = torch.float32,
         process_group: Any = None,
     ) -> None:
-        if unmasked not in ("error", "freeze", "dense"):
-            raise ValueError(f"unmasked must be 'error', 'freeze' or 'dense', got {unmasked!r}.")
-        if master_weights not in (True, False, "residual", "fp32"):
-            raise ValueError(f"master_weights must be True, False, 'residual' or 'fp32', got {master_weights!r}.")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
-        if reduce_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"reduce_dtype must be torch.float32 or torch.bfloat16, got {reduce_dtype}.")
+        check_options(unmasked, master_weights, max_grad_norm, reduce_dtype)
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize, "correct_bias": correct_bias, "capturable": capturable,
@@ -168,18 +161,7 @@ class SparseAdamW(Optimizer):
             raise
         self._dirty = True
         if hasattr(self, "_names_given"):  # after construction
-            known = {name: mask for name, mask in self._current_masks().items()}
-            masked = any(mask is not None for mask in known.values())
-            for name, param, _ in self._layout():
-                if name in known:
-                    continue
-                if masked and self._options["unmasked"] == "error":
-                    self.param_groups.pop()
-                    raise ValueError(
-                        f"parameter {name!r} was added without a mask; unmasked='dense' would train all of it."
-                    )
-                freeze = masked and self._options["unmasked"] == "freeze"
-                self._masks[name] = torch.zeros((param.numel() + 7) // 8, dtype=torch.uint8) if freeze else None
+            building.mask_new_parameters(self)
             if self._capture is not None:
                 self._capture.arm()
 

@@ -126,7 +126,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    from sparseopt._yaml import parse
+    from sparseopt._yaml import parse, problem
 
     if path.suffix not in (".yaml", ".yml", ".toml"):
         raise ValueError(f"A configuration file ends in .yaml, .yml or .toml, got {str(path)!r}.")
@@ -134,8 +134,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no configuration file {str(path)!r}.")
     try:
         content = tomllib.loads(path.read_text()) if path.suffix == ".toml" else parse(path.read_text())
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be parsed: {' '.join(str(error).split())}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {problem(error)}.") from error
     if content is None:  # empty, or comments only
         return {}
     if not isinstance(content, dict):

@@ -94,7 +94,7 @@ def test_policies_differ_in_nothing_but_their_masks(
     assert (out / "dynamic_learning.png").read_bytes().startswith(b"\x89PNG")
     assert f"{found['arms']['rigl']['held_out']['mean']:.4f} ±" in (out / "dynamic_learning.md").read_text()
     assert dynamic_learning.main([*given, "--steps", "9"]) == 1
-    assert "other settings (steps): give another folder" in capsys.readouterr().err
+    assert "other settings (steps 8 there, 9 here): give another folder" in capsys.readouterr().err
 
 
 def row(arm: str, seed: int, loss: float | None, order: str = "a") -> dict[str, Any]:

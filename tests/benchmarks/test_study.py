@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sparseopt import FormatError, evaluate
-from sparseopt.benchmarks import study, study_report, study_training
+from sparseopt.benchmarks import run_book, study, study_report, study_training
 
 pytest.importorskip("peft")
 WORDS = 60
@@ -66,7 +66,7 @@ def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
-    return study_report.read_rows(out / "study.jsonl")
+    return run_book.read_rows(out / "study.jsonl")
 
 
 def test_all_arms_run_and_only_final_runs_see_held_out_pairs(finished: Path) -> None:
@@ -179,9 +179,10 @@ def test_best_rate_at_the_edge_extends_the_grid(tmp_path: Path) -> None:
         nonlocal best
         best = peak
         fake: Any = Rising()
-        runner = study.Runner(tmp_path / str(peak), fake, {}, {})
+        book = run_book.RunBook(tmp_path / str(peak) / "study.jsonl", {"settings": {}}, str)
+        runner = study.Runner(book, fake)
         arm = study_training.Arm("a", "dense", torch.float32, (1.0, 2.0, 4.0))
-        return runner._search(arm, 0), [r["rate"] for r in runner.rows.values()]
+        return runner._search(arm, 0), [r["rate"] for r in book.rows.values()]
 
     best = 0.0
     assert tried(2.0) == (2.0, [1.0, 2.0, 4.0])
@@ -196,7 +197,7 @@ def test_diverged_runs_are_told(finished: Path, tmp_path: Path) -> None:
     for r in rows:
         if r["arm"] == name and r["seed"] == 2:
             r["held_out"] = r["validation"] = None
-        study_report.append_row(tmp_path / "study.jsonl", r)
+        run_book.append_row(tmp_path / "study.jsonl", r)
     summary = study_report.write_report(tmp_path, picture=False)
     assert (len(summary["arms"][name]["seeds"]), summary["arms"][name]["std"]) == (1, None)
     assert f"diverged and are in no mean: {name} 1" in (tmp_path / "study.md").read_text()

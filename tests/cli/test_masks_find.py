@@ -231,6 +231,8 @@ def test_a_step_that_was_not_logged(log: Path) -> None:
         ),
         (["--method", "fisher", "--delta_log_dir", "x", "--granularity", "7"], "granularity must be 1, 8"),
         (["--method", "fisher", "--delta_log_dir", "x", "--sparsity_percent", "101"], "100"),
+        (["--method", "random", "--model_name", "x", "--scope", "layer"], "scope must be 'global' or 'per_tensor'"),
+        (["--method", "random", "--model_name", "x", "--min_layer_keep_ratio", "0.1"], "min_layer_keep_ratio=0.1"),
         (["--method", "fisher", "--delta_log_dir", "x", "--output", "mask.bin"], "end in .safetensors or .pt"),
         (["--method", "fisher", "--delta_log_dir", "x", "--device", "cuda"], "found on the CPU"),
         (["--method", "random", "--model_name", "x", "--compute_jaccard"], "needs --delta_log_dir"),

@@ -62,6 +62,13 @@ def test_push_pending(mask_file: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in json.loads(run("masks", "steps", tmp_path / "repo", "--json"))["steps"]] == [1, 2]
 
 
+def test_the_example_names_the_folder_where_uploads_wait() -> None:
+    pytest.importorskip("transformers")
+    from sparseopt.trainers import MaskCollector
+
+    assert f"--pending {MaskCollector('outputs').folder / 'spool'}\n" in run("masks", "push", "--help")
+
+
 def test_deltas_push(tmp_path: Path) -> None:
     delta = so.Delta.from_dict({"w": (torch.tensor([1]), torch.tensor([0.5]))}, {"w": (8,)}, step=3)
     delta.save(tmp_path / "d.safetensors")

@@ -61,4 +61,5 @@ def test_errors_are_one_sentence() -> None:
     assert "give either --model or --shape" in invoke(code=2)
     assert "give either" in invoke("--model", "a", "--shape", "tiny", code=2)
     assert "must be bf16 or fp32" in invoke("--shape", "tiny", "--adapters", "int8", code=2)
-    assert "batch must be at least 1" in invoke("--shape", "tiny", "--batch", "0", code=1)
+    assert "--batch" in invoke("--shape", "tiny", "--batch", "0", code=2)
+    assert "sparsity must be in [0, 1)" in invoke("--shape", "tiny", "--sparsity", "1", code=1)

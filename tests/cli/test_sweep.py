@@ -13,30 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from noting_command import notes, write_command
 from typer.testing import CliRunner
 
 import sparseopt as so
 from sparseopt.cli._main import app
-
-# Notes its start and end; in between it waits while `hold` is there, and fails where `fail_X` is.
-COMMAND = """
-import os, pathlib, sys, time, yaml
-folder = pathlib.Path(sys.argv[1])
-config = yaml.safe_load(open(sys.argv[2]))
-name = f"{config['p']['a']}-{config['p']['b']}"
-def note(word):
-    out = os.open(folder / "notes", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.write(out, f"{word} {name}\\n".encode())
-note("start")
-if (folder / "hold").exists():
-    note((folder / "hold").read_text() or "held")
-while (folder / "hold").exists():
-    time.sleep(0.01)
-print("output of", name)
-if (folder / f"fail_{name}").exists():
-    sys.exit(3)
-note("done")
-"""
 
 
 class Sweep:
@@ -44,7 +25,7 @@ class Sweep:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "command.py").write_text(COMMAND)
+        self.command = write_command(folder)
         (folder / "base.yaml").write_text("p: {a: 0, b: 0}\nrun: {name: test}\n")
         self.write("p.a: {values: [1, 2, 3, 4]}", "p.b: [1, 2, 3]")
         self.manager = so.RunManager(folder / "saved_models")
@@ -56,9 +37,7 @@ class Sweep:
 
     @property
     def run(self) -> list[str]:
-        f = self.folder
-        command = f"{{python}} {f / 'command.py'} {f} {{config}}"
-        return ["run", str(f / "base.yaml"), str(f / "sweep.yaml"), "--command", command]
+        return ["run", str(self.folder / "base.yaml"), str(self.folder / "sweep.yaml"), "--command", self.command]
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         self.processes.append(
@@ -78,12 +57,7 @@ class Sweep:
         return process.returncode, out, err
 
     def notes(self, word: str) -> list[str]:
-        path = self.folder / "notes"
-        return (
-            [line.split()[1] for line in path.read_text().splitlines() if line.split()[0] == word]
-            if path.exists()
-            else []
-        )
+        return notes(self.folder, word)
 
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120

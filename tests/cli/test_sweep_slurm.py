@@ -13,32 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from noting_command import notes, write_command
 from one_node_slurm import one_node_slurm
 
 import sparseopt as so
 
 pytestmark = pytest.mark.slow
 
-# Notes its start and end; in between it waits while `hold` is there, and fails where `fail_X` is.
-COMMAND = """
-import os, pathlib, sys, time, yaml
-folder = pathlib.Path(sys.argv[1])
-config = yaml.safe_load(open(sys.argv[2]))
-name = f"{config['p']['a']}-{config['p']['b']}"
-def note(word):
-    out = os.open(folder / "notes", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.write(out, f"{word} {name}\\n".encode())
-note("start")
-try:
-    while (folder / "hold").exists():
-        time.sleep(0.02)
-except KeyboardInterrupt:
-    note("interrupted")
-    sys.exit(1)
-if (folder / f"fail_{name}").exists():
-    sys.exit(3)
-note("done")
-"""
 ALL = ["1-1", "1-2", "2-1", "2-2"]
 
 
@@ -53,7 +34,7 @@ class Cluster:
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder, self.environment = folder, environment
-        (folder / "command.py").write_text(COMMAND)
+        self.command = write_command(folder)
         (folder / "base.yaml").write_text("p: {a: 0, b: 0}\n")
         (folder / "sweep.yaml").write_text("sweep_name: four, really\nparameters: {p.a: [1, 2], p.b: [1, 2]}\n")
         self.manager = so.RunManager(folder / "saved_models")
@@ -67,8 +48,7 @@ class Cluster:
         return done.stdout + done.stderr
 
     def submit(self, *flags: str, code: int = 0) -> str:
-        template = f"{{python}} {self.folder / 'command.py'} {self.folder} {{config}}"
-        return self.call("submit", "base.yaml", "sweep.yaml", "--command", template, *flags, code=code)
+        return self.call("submit", "base.yaml", "sweep.yaml", "--command", self.command, *flags, code=code)
 
     def status(self) -> dict[str, Any]:
         return dict(json.loads(self.call("status", "four, really", "--json")))
@@ -85,9 +65,7 @@ class Cluster:
         return not self.slurm("squeue", "-h", "-t", "PENDING,CONFIGURING,RUNNING,COMPLETING").strip()
 
     def notes(self, word: str) -> list[str]:
-        path = self.folder / "notes"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return sorted(line.split()[1] for line in lines if line.split()[0] == word)
+        return sorted(notes(self.folder, word))
 
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 180

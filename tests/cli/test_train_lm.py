@@ -113,7 +113,7 @@ def test_two_processes_train_as_one(tmp_path: Path, deepspeed: bool) -> None:
         "train_micro_batch_size_per_gpu: auto, gradient_accumulation_steps: auto, gradient_clipping: auto}"  # fmt: skip
     results = []
     for processes in (1, 2):
-        launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         command = [sys.executable, "-P", *launcher, "-m", "sparseopt", "train", "lm", "--config", str(config)]
         sets = [f"training.gradient_accumulation_steps={2 // processes}"]
         if deepspeed and processes == 2:

@@ -6,7 +6,7 @@ import base64
 import contextlib
 import json
 import os
-import socket
+import re
 import subprocess
 import tempfile
 import time
@@ -69,23 +69,18 @@ def browser(width: int = 1280, height: int = 1400) -> Iterator[Browser]:
     """Starts Chromium with its driver, and ends them."""
     driver = system_packages.program("chromedriver", "chromium-driver")
     chromium = system_packages.program("chromium", "chromium")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as profile:
         environment = {**os.environ, "HOME": profile}
-        process = subprocess.Popen(
-            [driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-        )
+        said = Path(profile, "chromedriver.txt")
+        with said.open("wb") as file:
+            process = subprocess.Popen([driver, "--port=0"], stdout=file, stderr=subprocess.STDOUT, env=environment)
         try:
-            address = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + 60
-            while True:
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/status", timeout=5) as answer:
-                    if json.load(answer)["value"]["ready"]:
-                        break
-                assert time.monotonic() < deadline, "chromedriver did not answer within 60 s"
+            deadline = time.monotonic() + 120
+            while not (port := re.search(r"successfully on port (\d+)", said.read_text())):
+                assert process.poll() is None, said.read_text()
+                assert time.monotonic() < deadline, "chromedriver did not start within 120 s"
                 time.sleep(0.1)
+            address = f"http://127.0.0.1:{port[1]}"
             arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
                          f"--window-size={width},{height}", f"--user-data-dir={profile}/profile"]  # fmt: skip
             wanted = {

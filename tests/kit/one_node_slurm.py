@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import system_packages
+from free_ports import free_ports
 
 CONF = """\
 ClusterName=test
@@ -48,17 +49,7 @@ PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE DefaultTime=10 Sta
 """
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def _until(condition: Callable[[], bool], what: str, folder: Path, seconds: float = 60.0) -> None:
+def _until(condition: Callable[[], bool], what: str, folder: Path, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -96,7 +87,7 @@ def one_node_slurm(cpus: int = 2) -> Iterator[dict[str, str]]:
         command = [munged, "--foreground", *flags]
         processes.append(subprocess.Popen(command, user="munge", group="munge", extra_groups=[], stderr=said))
         _until((folder / "munge.socket").exists, "munged did not listen", folder)
-        ctld_port, slurmd_port = _free_ports(2)
+        ctld_port, slurmd_port = free_ports(2)
         for name in ("state", "spool"):
             (folder / name).mkdir()
         host = socket.gethostname().split(".")[0]

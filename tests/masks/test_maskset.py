@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 
 import sparseopt as so
-from sparseopt.masks.maskset import granularity_of, normalize_name
+from sparseopt.masks.granularity import granularity_of
+from sparseopt.masks.maskset import normalize_name
 
 SHAPES = {"a.weight": (5, 7), "b.bias": (9,), "c.scalar": (), "d.empty": (0, 3), "e.cube": (2, 3, 4)}
 

@@ -33,6 +33,7 @@ LEAST = {
 FAST = ("test_registration",)
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("module", [pytest.param(m, marks=() if m in FAST else pytest.mark.slow) for m in LEAST])
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the process that runs the grid")
 def test_grid_in_the_interpreter(module: str, record_property: Callable[[str, object], None]) -> None:
@@ -42,7 +43,7 @@ def test_grid_in_the_interpreter(module: str, record_property: Callable[[str, ob
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "not gpu and not slow", "-p", "no:cacheprovider"]
     finished = subprocess.run(
         [*command, "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", str(HERE / f"{module}.py")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1150,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
     passed = re.search(r"(\d+) passed", finished.stdout)

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_training import EVERYONE, make_model, make_optimizer, train, weights
+from free_ports import free_ports
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # what a dead host costs is measured in seconds
 SCRIPT = Path(__file__).parents[1] / "kit" / "two_hosts.py"
 Host = tuple[list[str], str]  # what a command is begun with, network interface
 
@@ -57,9 +57,7 @@ def hosts() -> Iterator[tuple[list[Host], str]]:
 
 
 def start(hosts: list[Host], address: str, folder: Path, log: Path) -> list[subprocess.Popen[bytes]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     started = []
     for number, (begin, interface) in enumerate(hosts):
         command = [

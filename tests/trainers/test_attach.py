@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny_llama import arguments, check_frozen, common, lm_data, text_rows, tiny_masks, tiny_model, tiny_tokenizer
+from tiny_llama import (
+    arguments,
+    check_frozen,
+    common,
+    grpo_trainer,
+    lm_data,
+    text_rows,
+    tiny_masks,
+    tiny_model,
+    tiny_tokenizer,
+)
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 
@@ -75,7 +85,7 @@ def test_resume_gives_the_same_weights(tmp_path: Path, dtype: torch.dtype, check
         options.update(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
 
     def run(folder: Path, resume: str | None) -> dict[str, torch.Tensor]:
-        model = tiny_model(dtype)
+        model = tiny_model(dtype=dtype)
         trainer = Trainer(model=model, args=arguments(folder, **options), train_dataset=lm_data())
         so.attach(trainer, tiny_masks(model))
         trainer.train(resume_from_checkpoint=resume)
@@ -83,7 +93,7 @@ def test_resume_gives_the_same_weights(tmp_path: Path, dtype: torch.dtype, check
 
     straight = run(tmp_path, None)
     resumed = run(tmp_path / "resumed", str(tmp_path / "checkpoint-3"))
-    start = dict(tiny_model(dtype).named_parameters())
+    start = dict(tiny_model(dtype=dtype).named_parameters())
     assert any(not torch.equal(v, start[n]) for n, v in straight.items()), "nothing trained"
     for name, value in straight.items():
         assert torch.equal(value, resumed[name]), name
@@ -185,22 +195,10 @@ def test_dpo_trainer_resumes_exactly(tmp_path: Path) -> None:
 
 
 def test_grpo_trainer(tmp_path: Path) -> None:
-    from trl import GRPOConfig, GRPOTrainer
-
     model = tiny_model()
     masks = tiny_masks(model)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    data = Dataset.from_dict({"prompt": [a for a, _, _ in text_rows(16)]})
-
-    def reward(completions: list[str], **kwargs: Any) -> list[float]:
-        return [float(len(set(text.split()))) for text in completions]
-
-    args = GRPOConfig(
-        output_dir=str(tmp_path), num_generations=4, max_completion_length=6, bf16=False, **common(max_steps=3)
-    )
-    trainer = GRPOTrainer(
-        model=model, reward_funcs=reward, args=args, train_dataset=data, processing_class=tiny_tokenizer()
-    )
+    trainer = grpo_trainer(tmp_path, model)
     so.attach(trainer, masks)
     trainer.train()
     assert check_frozen(model, start, masks) > 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny_llama import arguments, check_frozen, common, lm_data, text_rows, tiny_model, tiny_tokenizer
+from tiny_llama import arguments, check_frozen, common, grpo_trainer, lm_data, text_rows, tiny_model, tiny_tokenizer
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 
@@ -157,23 +157,10 @@ def test_dpo_trainer(tmp_path: Path) -> None:
 
 
 def test_grpo_trainer(tmp_path: Path) -> None:
-    from trl import GRPOConfig, GRPOTrainer
-
     model, watch = tiny_model(), Watch()
     masks = group_masks(model)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    data = Dataset.from_dict({"prompt": [a for a, _, _ in text_rows(16)]})
-
-    def reward(completions: list[str], **kwargs: Any) -> list[float]:
-        return [float(len(set(text.split()))) for text in completions]
-
-    args = GRPOConfig(
-        output_dir=str(tmp_path), num_generations=4, max_completion_length=6, bf16=False, **common(max_steps=3)
-    )
-    trainer = GRPOTrainer(
-        model=model, reward_funcs=reward, args=args, train_dataset=data, processing_class=tiny_tokenizer(),
-        callbacks=[watch],
-    )  # fmt: skip
+    trainer = grpo_trainer(tmp_path, model, [watch])
     so.attach(trainer, masks)
     trainer.train()
     assert watch.parts == [7] * 3

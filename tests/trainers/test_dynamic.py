@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_llama
 import torch
-from datasets import Dataset
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from tiny_llama import lm_data, tiny_model
+from transformers import Trainer, TrainerCallback
 
 import sparseopt as so
 from sparseopt.trainers import DynamicSparsity
 from sparseopt.trainers.attachment import sparse_optimizer
 
-SIZES: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        config = GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2, **SIZES)
-        return GPT2LMHeadModel(config).to(dtype)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=32, tie_word_embeddings=True, **SIZES,
-        )
-    ).to(dtype)  # fmt: skip
-
-
-def data(size: int = 64) -> Dataset:
-    ids = torch.randint(3, 64, (size, 12), generator=torch.Generator().manual_seed(1))
-    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
-
-
-def arguments(folder: Path, **kwargs: Any) -> TrainingArguments:
-    options: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "max_steps": 12, "learning_rate": 1e-2, "weight_decay": 0.1, "logging_steps": 1,
-        "report_to": [], "use_cpu": True, "seed": 0, "save_strategy": "no", "disable_tqdm": True, **kwargs,
-    }  # fmt: skip
-    return TrainingArguments(output_dir=str(folder), **options)
+arguments = functools.partial(tiny_llama.arguments, max_steps=12)
 
 
 class Zeros(TrainerCallback):
@@ -74,7 +42,7 @@ def run(
 ) -> tuple[Trainer, DynamicSparsity]:  # fmt: skip
     dynamic = DynamicSparsity(**{"interval": 2, "sparsity": 0.8, **options})
     trainer = Trainer(
-        model=tiny_model(kind, dtype), args=arguments(folder, **(trainer_options or {})), train_dataset=data()
+        model=tiny_model(kind, dtype), args=arguments(folder, **(trainer_options or {})), train_dataset=lm_data(64)
     )
     dynamic.attach(trainer, **(attach_options or {}))
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -92,7 +60,7 @@ def test_trains_sparse_weights_and_logs(tmp_path: Path, kind: str, accumulation:
     dynamic = DynamicSparsity(interval=2, sparsity=0.8)
     zeros = Zeros(dynamic)
     args = arguments(tmp_path, gradient_accumulation_steps=accumulation)
-    trainer = Trainer(model=tiny_model(kind), args=args, train_dataset=data(), callbacks=[zeros])
+    trainer = Trainer(model=tiny_model(kind), args=args, train_dataset=lm_data(64), callbacks=[zeros])
     start = weights_of(trainer)
     dynamic.attach(trainer)
     trainer.train()
@@ -182,7 +150,7 @@ def test_begins_with_attached_masks(tmp_path: Path) -> None:
     model = tiny_model()
     masks = so.MaskSet.random(model, 0.3, seed=2)
     names = [name for name in masks.names if "proj" in name]
-    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=data())
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=lm_data(64))
     so.attach(trainer, masks.select(names), unmasked="freeze")
     dynamic = DynamicSparsity(interval=2, initial="attached")
     trainer.add_callback(dynamic)
@@ -223,11 +191,11 @@ def test_misuse(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="no argument 'total_steps'"):
         DynamicSparsity(total_steps=5)
     trainer = Trainer(
-        model=tiny_model(), args=arguments(tmp_path), train_dataset=data(), callbacks=[DynamicSparsity(interval=2)]
+        model=tiny_model(), args=arguments(tmp_path), train_dataset=lm_data(64), callbacks=[DynamicSparsity(interval=2)]
     )
     with pytest.raises(ValueError, match="needs a SparseAdamW"):
         trainer.train()
-    other = Trainer(model=tiny_model(), args=arguments(tmp_path), train_dataset=data())
+    other = Trainer(model=tiny_model(), args=arguments(tmp_path), train_dataset=lm_data(64))
     with pytest.raises(ValueError, match=r"divisible by 7; 'model.layers.0"):
         DynamicSparsity(pattern="3:7").attach(other)
     with pytest.raises(ValueError, match="'attached' needs masks"):

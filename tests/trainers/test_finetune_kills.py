@@ -3,55 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from finetuning import finetune, options, same_weights, text
+from slow_steps import start, until_training
 from transformers import AutoModelForCausalLM
 
 import sparseopt as so
 
 KILLS = 5
 
-# The command with steps that take a while, so that signals fall into training.
-DRIVER = """
-import sys, time
-from sparseopt.trainers import callbacks, finetune_run
-
-class Slow(callbacks.MetricsFile):
-    def on_step_begin(self, args, state, control, **kwargs):
-        time.sleep(0.1)
-
-finetune_run.MetricsFile = Slow
-from sparseopt.cli import main
-sys.argv[0] = "sparseopt"
-main()
-"""
 CHANGES: dict[str, Any] = {"max_steps": 40, "save_steps": 3, "mask_update_interval": 4, "dropout": 0.1}
 
 
-def start(model: Path, data: Path, folder: Path) -> subprocess.Popen[str]:
+def continued(model: Path, data: Path, folder: Path) -> subprocess.Popen[str]:
+    """The run in a folder, from where it is."""
     values = options(folder, model_name=model, dataset=data, **CHANGES)
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     resume = ["--resume"] if (folder / "finetune.json").is_file() else []
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, "finetune", *flags, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def until_training(process: subprocess.Popen[str]) -> None:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("train:"):
-            return
+    return start("finetune_run", 0.1, "finetune", *flags, *resume)
 
 
 def same_outcome(first: Path, second: Path) -> None:
@@ -72,7 +48,7 @@ def test_kills_change_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     finetune(str(tiny_folder), data, tmp_path / "straight", **CHANGES)
     rng, reached = random.Random(seed), []
     for _ in range(KILLS):
-        process = start(tiny_folder, data, folder)
+        process = continued(tiny_folder, data, folder)
         until_training(process)
         time.sleep(rng.uniform(0.2, 1.0))
         process.send_signal(signal.SIGKILL)
@@ -81,7 +57,7 @@ def test_kills_change_nothing(tiny_folder: Path, tmp_path: Path) -> None:
         reached.append(max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0))
     assert 0 < reached[-1] < 40, (seed, reached)
     assert not (folder / "results.json").exists()
-    process = start(tiny_folder, data, folder)
+    process = continued(tiny_folder, data, folder)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, (seed, errors)
     same_outcome(folder, tmp_path / "straight")
@@ -93,7 +69,7 @@ def test_ctrl_c_leaves_a_run_to_continue(tiny_folder: Path, tmp_path: Path) -> N
     data, folder = tmp_path / "chain.txt", tmp_path / "stopped"
     data.write_text(text(3000))
     finetune(str(tiny_folder), data, tmp_path / "straight", **CHANGES)
-    process = start(tiny_folder, data, folder)
+    process = continued(tiny_folder, data, folder)
     until_training(process)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -102,7 +78,7 @@ def test_ctrl_c_leaves_a_run_to_continue(tiny_folder: Path, tmp_path: Path) -> N
     assert "A checkpoint was saved after step" in errors
     assert "the same command with --resume continues the run in" in errors
     assert "Traceback" not in errors
-    process = start(tiny_folder, data, folder)
+    process = continued(tiny_folder, data, folder)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "Resuming the run in" in errors

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_steps import start, until_training
 
 import sparseopt as so
 from sparseopt.trainers import dpo
 
 KILLS = 10
-
-# The command with steps that take a while, so that kills fall into training.
-DRIVER = """
-import sys, time
-from sparseopt.trainers import callbacks, run
-
-class Slow(callbacks.MetricsFile):
-    def on_step_begin(self, args, state, control, **kwargs):
-        time.sleep(0.15)
-
-run.MetricsFile = Slow
-from sparseopt.cli import main
-sys.argv[0] = "sparseopt"
-main()
-"""
-
-
-def start(arguments: list[str], resume: bool) -> subprocess.Popen[str]:
-    flags = ["--resume"] if resume else []
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, "train", "dpo", *flags, "--set", *arguments],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -59,18 +34,16 @@ def test_ten_kills_change_nothing(
     arguments, rng = settings(folder, changes), random.Random(seed)
     reached = []
     for kill in range(KILLS):
-        process = start(arguments, resume=(folder / "config.json").is_file())
-        assert process.stderr is not None
+        resume = ["--resume"] if (folder / "config.json").is_file() else []
+        process = start("run", 0.15, "train", "dpo", *resume, "--set", *arguments)
         if kill % 4 != 3:  # most fall into training, some anywhere
-            for line in process.stderr:
-                if line.startswith("train:"):
-                    break
+            until_training(process)
         time.sleep(rng.uniform(0, 1.2))
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL, (seed, errors)
         reached.append(max((int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")), default=0))
-    process = start(arguments, resume=True)
+    process = start("run", 0.15, "train", "dpo", "--resume", "--set", *arguments)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, (seed, errors)
     assert 0 < reached[-1] < 40, "kills fell into training"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,47 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_llama
 import torch
-from datasets import Dataset
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from tiny_llama import lm_data, tiny_model
+from transformers import Trainer, TrainerCallback
 
 import sparseopt as so
 from sparseopt.trainers import TopKAttention
 
-SIZES: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def tiny_model(kind: str = "llama") -> Any:
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=4, **SIZES))
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=32, tie_word_embeddings=True, **SIZES,
-        )
-    )  # fmt: skip
-
-
-def data(size: int = 64) -> Dataset:
-    ids = torch.randint(3, 64, (size, 12), generator=torch.Generator().manual_seed(1))
-    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
-
-
-def arguments(folder: Path, **kwargs: Any) -> TrainingArguments:
-    options: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "max_steps": 12, "learning_rate": 1e-2, "logging_steps": 1, "report_to": [],
-        "use_cpu": True, "seed": 0, "save_strategy": "no", "disable_tqdm": True, **kwargs,
-    }  # fmt: skip
-    return TrainingArguments(output_dir=str(folder), **options)
+arguments = functools.partial(tiny_llama.arguments, max_steps=12)
 
 
 class Recorder(TrainerCallback):
@@ -74,7 +43,7 @@ def run(
     top = TopKAttention(ratio, interval)
     recorder = Recorder(top)
     trainer = Trainer(
-        model=tiny_model(kind), args=arguments(folder, **options), train_dataset=data(), callbacks=[top, recorder]
+        model=tiny_model(kind), args=arguments(folder, **options), train_dataset=lm_data(64), callbacks=[top, recorder]
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer, top, recorder
@@ -98,7 +67,7 @@ def test_trains_with_half_of_the_heads_and_folds(tmp_path: Path, kind: str) -> N
     # Nothing is left of the hooks; folding gives what training saw.
     assert not any(module._forward_pre_hooks for module in model.modules())
     model.eval()
-    ids = torch.tensor(data(4)["input_ids"])
+    ids = torch.tensor(lm_data(4)["input_ids"])
     with torch.no_grad():
         plain = model(input_ids=ids).logits
         assert top._top is not None
@@ -124,7 +93,7 @@ def test_micro_batches_and_checkpointing_measure_the_same(tmp_path: Path) -> Non
         top = TopKAttention(0.5, 5, warmup=3)
         recorder = Recorder(top)
         args = arguments(tmp_path, max_steps=4, **options)
-        Trainer(model=tiny_model(), args=args, train_dataset=data(), callbacks=[top, recorder]).train()
+        Trainer(model=tiny_model(), args=args, train_dataset=lm_data(64), callbacks=[top, recorder]).train()
         found.append(recorder)
     for other in found[1:]:
         for step in (0, 1, 3):
@@ -158,7 +127,7 @@ def test_a_resumed_training_has_the_same_heads_and_weights(tmp_path: Path, resto
 
 def test_resuming_where_nothing_was_saved_or_another_ratio_was(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 4}
-    Trainer(model=tiny_model(), args=arguments(tmp_path, **saving), train_dataset=data()).train()
+    Trainer(model=tiny_model(), args=arguments(tmp_path, **saving), train_dataset=lm_data(64)).train()
     with pytest.warns(UserWarning, match=r"checkpoint of step 4 has no attention heads: all are kept until step 6"):
         _, top, recorder = run(tmp_path / "again", resume=tmp_path / "checkpoint-4", **saving)
     assert all(all(heads) for heads in recorder.heads[0].values())
@@ -173,7 +142,7 @@ def test_with_sparse_weights(tmp_path: Path) -> None:
     from sparseopt.trainers import DynamicSparsity, sparse_optimizer
 
     top, dynamic = TopKAttention(0.5, 3), DynamicSparsity(interval=3, sparsity=0.5)
-    trainer = Trainer(model=tiny_model(), args=arguments(tmp_path), train_dataset=data(), callbacks=[top])
+    trainer = Trainer(model=tiny_model(), args=arguments(tmp_path), train_dataset=lm_data(64), callbacks=[top])
     dynamic.attach(trainer)
     trainer.train()
     assert isinstance(sparse_optimizer(trainer), so.SparseAdamW)
@@ -248,7 +217,7 @@ def test_bad_numbers_are_refused_at_once(options: dict[str, Any], message: str) 
 def test_misuse(tmp_path: Path) -> None:
     def train(*callbacks: TrainerCallback, model: Any = None) -> None:
         Trainer(
-            model=model or tiny_model(), args=arguments(tmp_path), train_dataset=data(), callbacks=list(callbacks)
+            model=model or tiny_model(), args=arguments(tmp_path), train_dataset=lm_data(64), callbacks=list(callbacks)
         ).train()
 
     with pytest.raises(ValueError, match="needs heads that training has chosen"):

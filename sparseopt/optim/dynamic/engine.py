@@ -28,6 +28,7 @@ from sparseopt.masks.maskset import MaskSet
 from sparseopt.optim.dynamic.criteria import Criterion, check_criterion, is_pruning_method, keep_scores
 from sparseopt.optim.dynamic.distribution import DISTRIBUTIONS, global_counts, proportional_counts
 from sparseopt.optim.dynamic.first import first_masks, layer_counts
+from sparseopt.optim.dynamic.gradients import DenseGradients
 from sparseopt.optim.dynamic.layers import Layer, find_layers
 from sparseopt.optim.dynamic.patterns import parse_pattern
 from sparseopt.optim.dynamic.policy import Plan, SparsitySchedule
@@ -47,6 +48,7 @@ class DynamicSparsity:
         layers: the layers that are made sparse; all other parameters are none of this object's concern.
         plan: when and how much.
         pattern: where active entries may lie.
+        gradients: dense ones of this step, where its update needs them.
         masks: the masks in force, of ``layers``.
         history: one record per update: ``step``, ``sparsity``, ``active``, ``dropped``, ``grown`` (entries), ``churn``
             (entries that changed, as a share of those active before and after), ``regrown`` (share of the grown entries
@@ -128,8 +130,7 @@ class DynamicSparsity:
         for layer in self.layers:
             self.pattern.check(layer)
         self.history: list[dict[str, Any]] = []
-        self._accumulated: dict[str, Tensor] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.gradients = DenseGradients(self.layers)
         self._optimizer: SparseAdamW | None = None
         self._warned = False
         self.masks = first_masks(self.layers, self.plan, self.pattern, self.distribution, criterion, initial, seed)
@@ -203,39 +204,16 @@ class DynamicSparsity:
         """
         self.close()
         if hooks and self.needs_gradients(step):
-            for layer in self.layers:
-                self._handles.append(layer.param.register_hook(self._hook(layer.name)))
-
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            self._add(name, gradient)
-
-        return hook
-
-    @torch.no_grad()
-    def _add(self, name: str, gradient: Tensor) -> None:
-        before = self._accumulated.get(name)
-        if before is None:
-            # 16-bit gradients stay so while there is one.
-            dtype = gradient.dtype if gradient.dtype.itemsize == 2 else torch.float32
-            self._accumulated[name] = gradient.detach().to(dtype, copy=True)
-        else:
-            self._accumulated[name] = before.float().add_(gradient.detach())
+            self.gradients.listen()
 
     def take_gradients(self, step: int) -> None:
         """Before the optimizer's step: takes what is in ``.grad``, if the step ends with an update that needs it."""
         if self.needs_gradients(step):
-            self.close()
-            for layer in self.layers:
-                if layer.param.grad is not None:
-                    self._add(layer.name, layer.param.grad)
+            self.gradients.read()
 
     def close(self) -> None:
         """Removes the hooks and forgets the gradients."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._accumulated.clear()
+        self.gradients.close()
 
     # ---- updates ---------------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -253,7 +231,7 @@ class DynamicSparsity:
         if not self.plan.updates(step):
             return None
         gradients = self.needs_gradients(step)
-        if gradients and not self._accumulated:
+        if gradients and not self.gradients.by_name:
             raise RuntimeError(f"no gradient was seen in step {step}: call begin_step({step}) before its backward().")
         sparsity, fraction = self.plan.sparsity_at(step), self.plan.exchange(step)
         now, counts = [self.masks.count(layer.name) for layer in self.layers], self._next_counts(sparsity)
@@ -305,7 +283,7 @@ class DynamicSparsity:
         result, packed, facts = [], dict[str, Tensor](), []
         for group in self._groups:
             mine = [moves[position] for position in group.positions]
-            dense = [self._gradient(layer) for layer in group.layers] if gradients else None
+            dense = [self.gradients.pop(layer) for layer in group.layers] if gradients else None
             if self.criterion is None and not self.pattern.m:
                 found = choose_together(group, dense, mine, random)
             else:
@@ -347,18 +325,12 @@ class DynamicSparsity:
         def scores(i: int) -> Tensor:
             layer = self.layers[i]
             mask = self.masks[layer.name].to(layer.param.device)
-            gradient = self._accumulated.get(layer.name)
+            gradient = self.gradients.by_name.get(layer.name)
             gradient = None if gradient is None else gradient.float()
             keep = keep_scores(self.criterion, layer, mask, gradient, round((1 - total / sum(now)) * now[i]))
             return torch.where(mask, keep, -torch.inf)
 
         return global_counts(self.layers, total, scores)
-
-    def _gradient(self, layer: Layer) -> Tensor:
-        gradient = self._accumulated.pop(layer.name, None)
-        if gradient is None:  # the layer took no part in this step
-            return torch.zeros(layer.shape, device=layer.param.device)
-        return gradient
 
     def _write(self, layer: Layer, bits: Tensor, gone: Tensor) -> None:
         """What becomes of the weights that leave, in place and through the version counter."""

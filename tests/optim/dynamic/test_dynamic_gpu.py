@@ -141,7 +141,7 @@ def choose(policy: str, device: str) -> tuple[Any, DynamicSparsity]:
         engine.begin_step(step)
         for layer in engine.layers:
             for _ in range(1 + (step == 6)):
-                engine._add(layer.name, torch.randn(layer.shape, generator=drawn).to(device, torch.bfloat16))
+                engine.gradients.add(layer.name, torch.randn(layer.shape, generator=drawn).to(device, torch.bfloat16))
         engine.update(step)
     return optimizer, engine
 
@@ -163,10 +163,10 @@ def test_an_update_waits_for_the_device_a_few_times() -> None:
     _, engine = choose("rigl", DEVICE)
     engine.begin_step(15)
     for layer in engine.layers:
-        engine._add(layer.name, torch.randn(layer.shape).to(DEVICE, torch.bfloat16))
+        engine.gradients.add(layer.name, torch.randn(layer.shape).to(DEVICE, torch.bfloat16))
     moves = [Move(engine.masks.count(layer.name), 9, engine.masks.count(layer.name)) for layer in engine.layers]
     group = engine._groups[0]
-    gradients = [engine._accumulated[layer.name] for layer in group.layers]
+    gradients = [engine.gradients.by_name[layer.name] for layer in group.layers]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

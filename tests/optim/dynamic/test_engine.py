@@ -189,13 +189,13 @@ def test_micro_batches_choose_as_one_big_batch(capture: bool) -> None:
         engine.start(optimizer)
         for step in range(1, 5):
             if step == 4:
-                add = engine._add
+                add = engine.gradients.add
 
                 def keep(name: str, gradient: Tensor, add: Any = add, engine: Any = engine) -> None:
                     add(name, gradient)
-                    gradients.append((name, engine._accumulated[name].clone()))
+                    gradients.append((name, engine.gradients.by_name[name].clone()))
 
-                engine._add = keep  # type: ignore[method-assign]
+                engine.gradients.add = keep  # type: ignore[method-assign]
             train_step(model, optimizer, engine, step, micro)
         found.append(engine.masks)
     assert found[0] == found[1]
@@ -212,11 +212,11 @@ def test_dense_gradients_are_taken_in_update_steps_only() -> None:
         engine.begin_step(step)
         x, y = batch(step)
         F.mse_loss(model(x), y).backward()
-        assert bool(engine._accumulated) == (step % 4 == 0 and step < 0.75 * STEPS)
+        assert bool(engine.gradients.by_name) == (step % 4 == 0 and step < 0.75 * STEPS)
         optimizer.step()
         engine.update(step)
-        assert not engine._accumulated
-        assert not engine._handles
+        assert not engine.gradients.by_name
+        assert not engine.gradients.listening
 
 
 def test_gradients_that_were_averaged_elsewhere_are_read_from_grad() -> None:
@@ -229,7 +229,7 @@ def test_gradients_that_were_averaged_elsewhere_are_read_from_grad() -> None:
             x, y = batch(step)
             F.mse_loss(model(x), y).backward()
             if not hooks:
-                assert not engine._accumulated
+                assert not engine.gradients.by_name
                 engine.take_gradients(step)
             optimizer.step()
             optimizer.zero_grad()

@@ -92,7 +92,7 @@ def test_nan_changes_nothing() -> None:
         last.param.view(-1)[place] = torch.nan
     engine.begin_step(4)
     for layer in engine.layers:
-        engine._add(layer.name, torch.ones(layer.shape))
+        engine.gradients.add(layer.name, torch.ones(layer.shape))
     before, masks = weights_of(model), engine.masks
     with pytest.raises(ValueError, match=f"the scores of '{last.name}' contain NaN"):
         engine.update(4)
