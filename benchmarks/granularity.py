@@ -24,17 +24,17 @@ from torch import Tensor
 import sparseopt as so
 from sparseopt._files import atomic_write
 from sparseopt.benchmarks.granularity_report import write_report
+from sparseopt.masks.granularity import AUTO, GRANULARITIES
 
 __all__ = ["main", "measure", "prices"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
-GRANULARITIES: tuple[int | str, ...] = (1, 8, 16, 32, "row", "column", "auto")
 
 
 def prices(scores: Mapping[str, Tensor], sparsity: float, **options: Any) -> dict[str, float]:
     """Granularity -> share of the whole score that the best mask of such groups keeps."""
     found = {}
-    for granularity in GRANULARITIES:
+    for granularity in (*GRANULARITIES, AUTO):
         masks = so.find_masks(scores, sparsity, granularity=granularity, **options)
         found[str(granularity)] = float(masks.metadata["kept_score"])
     return found

@@ -260,6 +260,6 @@ def select_entries(
         before = ties.cumsum(0) - ties
         before = before - before[torch.arange(programs, device=device) - block]
         wanted = left[owner] - before
-        quotas = torch.where(wanted >= ties, CHUNK, wanted.clamp(min=0))
+        quotas = torch.where((wanted > 0) & (wanted >= ties), CHUNK, wanted.clamp(min=0))
         _pick_kernel[(programs,)](found.table, seeds, packed, table, ranges, prefix, quotas, chosen, **constants)
         return chosen, odd, squares.sum(dtype=torch.float64)
