@@ -6,23 +6,25 @@
 
 A language model is pruned by magnitude to the sparsity asked for and trained on with ``target="weights"``: under each seed all
 policies begin with the same masks, see the same windows in the same order, and differ in what their masks do. The learning rate
-is the one that does best for static masks on the validation documents, under another seed; all policies use it. Only the final
-runs see the held-out documents. The corpus is what the installed packages and Python tell about themselves, split by document.
+is the one that does best for static masks on the validation documents, under another seed; all policies use it. SET and RigL
+then each choose how much they exchange, on the same documents under the same seed. Only the final runs see the held-out documents.
+The corpus is what the installed packages and Python tell about themselves, split by document.
 
 A finished run is a line of ``OUT/runs.jsonl`` and is never run again under the same settings; ``dynamic_learning.json``, ``.md``
-and ``.png`` tell what is there.
+and ``.png`` tell what is there. The same command in several processes at once shares the runs (their step times then mean nothing).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ __all__ = ["Corpus", "main", "make_corpus", "part_of", "read_texts"]
 
 POLICIES = ("static", "set", "rigl")
 PARTS = ("train", "validation", "held_out")
+EXTENSIONS = 2  # rates that a best rate at the edge may add to the grid
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
@@ -154,12 +157,12 @@ class Trial:
         """Held-out loss of the model as it is, and once it is pruned."""
         self._restore()
         dense = self.evaluate("held_out")
-        engine = self._engine("static", 0, 1)
+        engine = self._engine("static", 0.0, 0, 1)
         for layer in engine.layers:
             zero_inactive(layer.param, engine.masks.packed(layer.name))
         return {"held_out_dense": dense, "held_out_pruned": self.evaluate("held_out"), "sparsity": engine.sparsity}
 
-    def run(self, policy: str, rate: float, seed: int, steps: int, part: str) -> dict[str, Any]:
+    def run(self, policy: str, rate: float, fraction: float, seed: int, steps: int, part: str) -> dict[str, Any]:
         """One training.
 
         Returns:
@@ -168,7 +171,7 @@ class Trial:
             ``order`` (fingerprints), ``step_ms``.
         """
         self._restore()
-        engine = self._engine(policy, seed, steps)
+        engine = self._engine(policy, fraction, seed, steps)
         first = engine.masks.fingerprint
         optimizer = so.SparseAdamW(
             self.model.named_parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, masks=engine.masks,
@@ -205,11 +208,11 @@ class Trial:
             "history": engine.history, "first_masks": first, "order": digest, "step_ms": round(1e3 * spent / steps, 2),
         }  # fmt: skip
 
-    def _engine(self, policy: str, seed: int, steps: int) -> DynamicSparsity:
+    def _engine(self, policy: str, fraction: float, seed: int, steps: int) -> DynamicSparsity:
         s = self.settings
         return DynamicSparsity(
             self.model, total_steps=steps, sparsity=s["sparsity"], policy=policy, interval=s["interval"],
-            fraction=s["fraction"], target="weights", distribution=s["distribution"], seed=seed,
+            fraction=fraction, target="weights", distribution=s["distribution"], seed=seed,
         )  # fmt: skip
 
     def _restore(self) -> None:
@@ -249,44 +252,62 @@ class Runner:
     """Runs what the book does not have yet: see :class:`sparseopt.benchmarks.run_book.RunBook`."""
 
     def __init__(self, book: RunBook, trial: Trial) -> None:
-        self.book, self.trial = book, trial
+        self.book, self.trial, self.settings = book, trial, book.about["settings"]
 
-    def finish(self, phase: str, policy: str, rate: float, seed: int, steps: int) -> bool:
-        """Makes sure that a run is done; False where time is up."""
+    def finish(self, phase: str, runs: Sequence[tuple[str, float, float, int, int]]) -> bool:
+        """Makes sure that runs of a phase, each (policy, rate, fraction, seed, steps), are done; False where time is up."""
 
-        def run() -> Row:
+        part = "held_out" if phase == "final" else "validation"
+
+        def task(policy: str, rate: float, fraction: float, seed: int, steps: int) -> Callable[[], Row]:
+            about = {"phase": phase, "arm": policy, "rate": rate, "fraction": fraction, "seed": seed, "steps": steps}
             if phase == "before":
-                found = self.trial.before()
-            else:
-                found = self.trial.run(policy, rate, seed, steps, "validation" if phase == "grid" else "held_out")
-            return {"phase": phase, "arm": policy, "rate": rate, "seed": seed, "steps": steps, **found}
+                return lambda: {**about, **self.trial.before()}
+            return lambda: {**about, **self.trial.run(policy, rate, fraction, seed, steps, part)}
 
-        key = key_of(self.book.about["settings"], phase, policy, rate, seed, steps, sort_keys=True)
-        return self.book.finish(key, run)
+        key = functools.partial(key_of, self.settings, phase, sort_keys=True)
+        return self.book.finish_all({key(*each): task(*each) for each in runs})
 
-    def everything(self, rates: Sequence[float], policies: Sequence[str], seeds: Sequence[int]) -> bool:
-        """The grid, then all policies seed by seed; False where time was up before the end."""
-        settings = self.book.about["settings"]
-        if not self.finish("before", "none", 0.0, 0, 0):
+    def everything(
+        self, rates: Sequence[float], fractions: Sequence[float], policies: Sequence[str], seeds: Sequence[int]
+    ) -> bool:
+        """The rate, the fractions, then all policies seed by seed; False where time was up before the end."""
+        steps, grid_seed = self.settings["steps"], self.settings["grid_seed"]
+        if not self.finish("before", [("none", 0.0, 0.0, 0, 0)]):
             return False
-        if len(rates) > 1 and not all(
-            self.finish("grid", "static", rate, settings["grid_seed"], settings["grid_steps"]) for rate in rates
+        tried, rate = list(rates), rates[0]
+        for _ in range(1 + EXTENSIONS) if len(rates) > 1 else ():
+            if not self.finish("rates", [("static", r, 0.0, grid_seed, self.settings["grid_steps"]) for r in tried]):
+                return False
+            rate = self._best("rates", "static", "rate")
+            if min(tried) < rate < max(tried):
+                break
+            # A best rate at the edge: the next one beyond it is tried too.
+            tried.append(rate * 3 if rate == max(tried) else rate / 3)
+        changing = [policy for policy in policies if policy != "static"]
+        if len(fractions) > 1 and not self.finish(
+            "fractions", [(p, rate, f, grid_seed, steps) for p in changing for f in fractions]
         ):
             return False
-        rate = rates[0]
-        if len(rates) > 1:
-            grid = [row for row in self.book.rows.values() if row["phase"] == "grid" and row["loss"] is not None]
-            if not grid:
-                raise RuntimeError("every learning rate of the grid diverged: give lower --rates.")
-            rate = min(grid, key=lambda row: (row["loss"], row["rate"]))["rate"]
+        chosen = dict.fromkeys(policies, fractions[0]) | {"static": 0.0}
+        if len(fractions) > 1:
+            chosen |= {policy: self._best("fractions", policy, "fraction") for policy in changing}
         # Seed by seed, so that a run cut short compares policies on the same ones.
-        return all(self.finish("final", p, rate, seed, settings["steps"]) for seed in seeds for p in policies)
+        return self.finish("final", [(p, rate, chosen[p], seed, steps) for seed in seeds for p in policies])
+
+    def _best(self, phase: str, policy: str, key: str) -> float:
+        """The rate or fraction of least validation loss; the smaller one of two that are equal."""
+        grid = [row for row in self.book.rows.values() if row["phase"] == phase and row["arm"] == policy]
+        if finite := [row for row in grid if row["loss"] is not None]:
+            return min(finite, key=lambda row: (row["loss"], row[key]))[key]
+        raise RuntimeError(f"every run of {policy} that was to choose its {key} diverged: give lower --rates.")
 
 
 def _line(row: Row) -> str:
     shown = row.get("loss", row.get("held_out_pruned"))
     return (
-        f"{row['phase']}: {row['arm']}, rate {row['rate']:g}, seed {row['seed']}: loss {shown} ({row['seconds']:.1f} s)"
+        f"{row['phase']}: {row['arm']}, rate {row['rate']:g}, fraction {row['fraction']:g}, seed {row['seed']}: loss {shown} "
+        f"({row['seconds']:.1f} s)"
     )
 
 
@@ -300,8 +321,8 @@ def run(options: argparse.Namespace) -> bool:
         read_texts(options.texts), load_tokenizer(options.model), options.seq, options.evaluation_windows, device
     )
     folder = Path(options.model)
-    keys = ("dtype", "steps", "grid_steps", "grid_seed", "batch", "seq", "sparsity", "interval", "fraction",
-            "distribution", "evaluate_every", "evaluation_windows")  # fmt: skip
+    keys = ("dtype", "steps", "grid_steps", "grid_seed", "batch", "seq", "sparsity", "interval", "distribution",
+            "evaluate_every", "evaluation_windows")  # fmt: skip
     settings = {
         "model": folder.resolve().name if folder.is_dir() else options.model, "corpus": corpus.about(),
         **{key: getattr(options, key) for key in keys}, "target": "weights", "initial": "magnitude", "betas": [0.9, 0.95],
@@ -313,7 +334,7 @@ def run(options: argparse.Namespace) -> bool:
     }  # fmt: skip
     book = RunBook(options.output / "runs.jsonl", about, _line, time_limit=options.time_limit, began=began)
     return Runner(book, Trial(options.model, corpus, settings, device)).everything(
-        options.rates, options.policies, options.seeds
+        options.rates, options.fractions, options.policies, options.seeds
     )
 
 
@@ -333,7 +354,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq", type=int, default=512, help="tokens of a window (%(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--interval", type=int, default=50, help="steps between mask updates (%(default)s)")
-    parser.add_argument("--fraction", type=float, default=0.3, help="share exchanged at first (%(default)s)")
+    parser.add_argument(
+        "--fractions",
+        nargs="+",
+        type=float,
+        default=[0.03, 0.1, 0.3],
+        help="of the active weights, exchanged at first; one: no grid",
+    )
     parser.add_argument("--distribution", default="uniform", choices=("uniform", "erk", "global"))
     parser.add_argument("--evaluate_every", type=int, default=100)
     parser.add_argument("--evaluation_windows", type=int, default=96)

@@ -19,9 +19,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All figures of the runs of one folder.
 
     Returns:
-        ``date``, ``commit``, ``environment``, ``settings`` of the newest run; ``before``, ``grid``, ``rate``; ``arms``: name
-        -> ``held_out`` (mean, standard deviation, least, most), ``seeds``, ``curves``, ``train``, ``step_ms``, ``churn``;
-        ``differences``: RigL less another arm, seed by seed; ``bars``.
+        ``date``, ``commit``, ``environment``, ``settings`` of the newest run; ``before``, ``grids``, ``rate``; ``arms``: name
+        -> ``fraction``, ``held_out`` (mean, standard deviation, least, most), ``seeds``, ``curves``, ``train``, ``step_ms``,
+        ``churn``; ``differences``: RigL less another arm, seed by seed; ``bars``.
 
     Raises:
         ValueError: no final run, a run that diverged, or runs of one seed that began differently.
@@ -42,6 +42,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if mine:
             arms[name] = {
                 "held_out": _spread([row["loss"] for row in mine]),
+                "fraction": mine[0]["fraction"],
                 "seeds": {str(row["seed"]): row["loss"] for row in mine},
                 "curves": {str(row["seed"]): row["curve"] for row in mine},
                 "train": _spread([row["train"] for row in mine]),
@@ -57,11 +58,18 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             ({k: row[k] for k in ("held_out_dense", "held_out_pruned")} for row in rows if row["phase"] == "before"),
             None,
         ),
-        "grid": [
-            {"rate": row["rate"], "seed": row["seed"], "steps": row["steps"], "validation": row["loss"]}
-            for row in rows
-            if row["phase"] == "grid"
-        ],
+        "grids": {
+            phase: [
+                {
+                    "policy": row["arm"],
+                    **{key: row[key] for key in ("rate", "fraction", "seed", "steps")},
+                    "validation": row["loss"],
+                }
+                for row in rows
+                if row["phase"] == phase
+            ]
+            for phase in ("rates", "fractions")
+        },
         "rate": newest["rate"],
         "arms": arms,
         **_compare(arms),
@@ -111,26 +119,30 @@ def _markdown(found: dict[str, Any]) -> str:
         "",
         f"{found['date']}, commit `{found['commit']}`, {where['device']} ({versions}).",
         f"{s['steps']} steps of {s['batch']} x {s['seq']} tokens, {s['dtype']}, masks every {s['interval']} steps "
-        f"(fraction {s['fraction']:g}, {s['distribution']}), target weights, first masks by magnitude; learning rate "
+        f"({s['distribution']}), target weights, first masks by magnitude; learning rate "
         f"{found['rate']:g}. Corpus: {tokens['train']:,} tokens to train on, {tokens['held_out']:,} held out "
         f"({s['corpus']['documents']['held_out']} documents that training never sees).",
     ]
-    if found["grid"]:
-        tried = ", ".join(f"{g['rate']:g}: {_number(g['validation'])}" for g in found["grid"])
-        lines.append(
-            f"The rate is the best of a grid with static masks, seed {s['grid_seed']}, {found['grid'][0]['steps']} steps "
-            f"(validation loss {tried})."
-        )
+    for phase, grid in found["grids"].items():
+        for name in dict.fromkeys(row["policy"] for row in grid):
+            mine = [row for row in grid if row["policy"] == name]
+            tried = ", ".join(f"{row[phase[:-1]]:g}: {_number(row['validation'])}" for row in mine)
+            lines.append(
+                f"Validation loss by {phase[:-1]}, {NAMES[name]}, seed {s['grid_seed']}, {mine[0]['steps']} steps: {tried}."
+            )
     if found["before"]:
         lines.append(
             f"Before training: {found['before']['held_out_dense']:.4f} dense, {found['before']['held_out_pruned']:.4f} pruned."
         )
-    lines += ["", f"| policy | held out, mean ± sd | {' | '.join(f'seed {seed}' for seed in seeds)} | training | ms/step |",
-              f"|---|---|{'---|' * len(seeds)}---|---|"]  # fmt: skip
+    columns = " | ".join(f"seed {seed}" for seed in seeds)
+    lines += ["", f"| policy | exchanged at first | held out, mean ± sd | {columns} | training | ms/step |",
+              f"|---|---|---|{'---|' * len(seeds)}---|---|"]  # fmt: skip
     for name, arm in found["arms"].items():
         each = " | ".join(_number(arm["seeds"].get(seed)) for seed in seeds)
         spread = f"{arm['held_out']['mean']:.4f} ± {arm['held_out']['deviation']:.4f}"
-        lines.append(f"| {NAMES[name]} | {spread} | {each} | {arm['train']['mean']:.4f} | {arm['step_ms']:.1f} |")
+        lines.append(
+            f"| {NAMES[name]} | {arm['fraction']:.0%} | {spread} | {each} | {arm['train']['mean']:.4f} | {arm['step_ms']:.1f} |"
+        )
     lines.append("")
     for name, difference in found["differences"].items():
         each = ", ".join(f"{value:+.4f}" for value in difference["seeds"].values())

@@ -1,16 +1,23 @@
-"""Benchmarks of many runs: a finished run is a line of a file and is never run again, a time limit stops between runs."""
+"""Benchmarks of many runs: a finished run is a line of a file and is never run again, a time limit stops between runs.
+
+The same command in several processes shares the work (:meth:`RunBook.finish_all`): a process claims a run by a file lock, which
+the system releases however the process ends.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from sparseopt._files import FormatError, atomic_write
 
@@ -78,6 +85,48 @@ class RunBook:
         print(self._tell(row), file=sys.stderr, flush=True)
         return True
 
+    def finish_all(self, runs: Mapping[str, Callable[[], Row]]) -> bool:
+        """Makes sure that all these runs are done, by this process or by others with the same file; False where time is up.
+
+        Args:
+            runs: key -> what :meth:`finish` is given. They must not need one another.
+        """
+        while True:
+            self._read()
+            waiting = [key for key in runs if key not in self.rows]
+            if not waiting:
+                return True
+            idle = True
+            for key in waiting:
+                with self._claim(key) as mine:
+                    if not mine:
+                        continue
+                    idle = False
+                    self._read()  # another process may have finished it since
+                    if not self.finish(key, runs[key]):
+                        return False
+            if idle:
+                if self.time_limit is not None and time.monotonic() - self._began > self.time_limit:
+                    return False
+                time.sleep(0.5)
+
+    def _read(self) -> None:
+        self.rows = {row["key"]: row for row in read_rows(self.path)}
+
+    @contextlib.contextmanager
+    def _claim(self, key: str) -> Iterator[bool]:
+        """Whether the run is this process's to do, for as long as the block lasts."""
+        path = self.path.with_suffix(".claims") / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        with lock:
+            yield True
+
 
 def key_of(*parts: Any, sort_keys: bool = False) -> str:
     """A run's key: 16 hexadecimal digits of what tells it from the others, all of it JSON."""
@@ -104,8 +153,9 @@ def read_rows(path: Path) -> list[Row]:
 
 def append_row(path: Path, row: Row) -> None:
     """Adds a row; the file is replaced as a whole, so that a kill leaves the rows before it."""
-    text = path.read_text() if path.is_file() else ""
-    atomic_write(path, f"{text}{json.dumps(row, allow_nan=False)}\n")
+    with FileLock(path.with_suffix(".lock")):
+        text = path.read_text() if path.is_file() else ""
+        atomic_write(path, f"{text}{json.dumps(row, allow_nan=False)}\n")
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

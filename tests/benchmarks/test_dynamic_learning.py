@@ -57,7 +57,7 @@ def test_policies_differ_in_nothing_but_their_masks(
     tmp_path: Path, tiny_folder: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "runs"
-    given = arguments(out, tiny_folder, texts, "--rates", "1e-3", "1e-2", "--seeds", "1")
+    given = arguments(out, tiny_folder, texts, "--rates", "1e-3", "1e-2", "--fractions", "0.1", "0.4", "--seeds", "1")
     assert dynamic_learning.main([*given, "--time_limit", "0"]) == 3
     assert "the same command goes on" in capsys.readouterr().err
     assert dynamic_learning.main([*given, "--report"]) == 1, "no run finished: there is nothing to report"
@@ -68,13 +68,20 @@ def test_policies_differ_in_nothing_but_their_masks(
     after = (out / "runs.jsonl").read_text()
     assert after.startswith(before), "finished runs are not run again"
     rows = [json.loads(line) for line in after.splitlines()]
-    assert [(r["phase"], r["arm"], r["seed"]) for r in rows] == [
-        ("before", "none", 0), ("grid", "static", 0), ("grid", "static", 0),
-        *(("final", policy, seed) for seed in (1, 2) for policy in ("static", "set", "rigl")),
-    ]  # fmt: skip
     final = [row for row in rows if row["phase"] == "final"]
-    grid = {row["rate"]: row["loss"] for row in rows if row["phase"] == "grid"}
-    assert {row["rate"] for row in final} == {min(grid, key=lambda rate: grid[rate])}
+    assert rows[0]["phase"] == "before"
+    assert [(r["arm"], r["seed"]) for r in final] == [(p, seed) for seed in (1, 2) for p in ("static", "set", "rigl")]
+    rates = {row["rate"]: row["loss"] for row in rows if row["phase"] == "rates"}
+    assert 2 <= len(rates) <= 4
+    (rate,) = {row["rate"] for row in final}
+    assert rate == min(rates, key=lambda r: rates[r])
+    assert len(rates) == 4 or min(rates) < rate < max(rates), "a best rate at the edge was followed"
+    for policy in ("set", "rigl"):
+        tried = {row["fraction"]: row for row in rows if row["phase"] == "fractions" and row["arm"] == policy}
+        assert set(tried) == {0.1, 0.4}
+        assert {(row["rate"], row["seed"], row["steps"]) for row in tried.values()} == {(rate, 0, 8)}
+        best = min(tried, key=lambda fraction: tried[fraction]["loss"])
+        assert {row["fraction"] for row in final if row["arm"] == policy} == {best}
     for seed in (1, 2):
         mine = [row for row in final if row["seed"] == seed]
         assert len({row["first_masks"] for row in mine}) == 1
@@ -100,7 +107,7 @@ def test_policies_differ_in_nothing_but_their_masks(
 def row(arm: str, seed: int, loss: float | None, order: str = "a") -> dict[str, Any]:
     curve = [[0, 9.0], [600, loss]]
     return {
-        "phase": "final", "arm": arm, "seed": seed, "loss": loss, "train": loss, "rate": 1e-3, "curve": curve,
+        "phase": "final", "arm": arm, "seed": seed, "fraction": 0.1, "loss": loss, "train": loss, "rate": 1e-3, "curve": curve,
         "history": [], "first_masks": "m", "order": order, "step_ms": 1.0, "date": "", "commit": "", "environment": {},
         "settings": {},
     }  # fmt: skip
