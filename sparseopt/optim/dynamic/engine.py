@@ -29,10 +29,19 @@ from sparseopt.optim.dynamic.criteria import Criterion, check_criterion, is_prun
 from sparseopt.optim.dynamic.distribution import DISTRIBUTIONS, global_counts, proportional_counts
 from sparseopt.optim.dynamic.first import first_masks, layer_counts
 from sparseopt.optim.dynamic.gradients import DenseGradients
-from sparseopt.optim.dynamic.layers import Layer, find_layers
+from sparseopt.optim.dynamic.layers import find_layers
 from sparseopt.optim.dynamic.patterns import parse_pattern
 from sparseopt.optim.dynamic.policy import Plan, SparsitySchedule
-from sparseopt.optim.dynamic.selection import Group, Move, Moved, choose_each, choose_together, groups_of, to_host
+from sparseopt.optim.dynamic.selection import (
+    Group,
+    Move,
+    Moved,
+    choose_each,
+    choose_together,
+    groups_of,
+    to_host,
+    zero_entries,
+)
 from sparseopt.optim.sparse_adamw import SparseAdamW
 
 __all__ = ["DynamicSparsity"]
@@ -242,9 +251,11 @@ class DynamicSparsity:
         moved, returned, packed, squares = self._choose(moves, step, gradients)
         self.close()
         for group, found, bits, left in moved:
-            for i, layer in enumerate(group.layers):
-                if moves[group.positions[i]].leaving:
-                    self._write(layer, group.part(group.bits, i), group.part(found.gone, i))
+            leaving = [i for i, position in enumerate(group.positions) if moves[position].leaving]
+            if self.target == "weights":
+                zero_entries(group, found.gone, leaving)
+            elif self.dropped == "rewind":
+                self._rewind(group, found.gone, leaving)
             group.bits, group.left = bits, left
         before = self.masks.active_parameters
         known = {layer.name: count for layer, count in zip(self.layers, counts, strict=True)}
@@ -332,14 +343,14 @@ class DynamicSparsity:
 
         return global_counts(self.layers, total, scores)
 
-    def _write(self, layer: Layer, bits: Tensor, gone: Tensor) -> None:
-        """What becomes of the weights that leave, in place and through the version counter."""
-        if self.target == "weights":
-            layer.param.masked_fill_(functional.unpack_mask(gone, layer.shape), 0)
-        elif self.dropped == "rewind":
-            assert self._optimizer is not None
+    def _rewind(self, group: Group, gone: Tensor, leaving: Sequence[int]) -> None:
+        """Weights that leave are what they were before training, in place and through the version counter."""
+        assert self._optimizer is not None
+        for i in leaving:
+            layer = group.layers[i]
             base = self._optimizer.state[layer.param]["base"]  # of the active entries, by flat index
-            mask, leaves = (functional.unpack_mask(part, layer.shape) for part in (bits, gone))
+            parts = (group.part(vector, i) for vector in (group.bits, gone))
+            mask, leaves = (functional.unpack_mask(part, layer.shape) for part in parts)
             layer.param[leaves] = base[leaves[mask]]
 
     def _left_by_name(self) -> dict[str, Tensor]:

@@ -22,7 +22,10 @@ from sparseopt.optim.dynamic.layers import Layer
 from sparseopt.optim.dynamic.patterns import Pattern
 from sparseopt.optim.dynamic.policy import random_scores, random_seed
 
-__all__ = ["Group", "Move", "Moved", "choose_each", "choose_together", "groups_of", "to_host"]
+__all__ = ["Group", "Move", "Moved", "choose_each", "choose_together", "groups_of", "to_host", "zero_entries"]
+
+# Entries (and the rest of their layer) that are unpacked at a time: more make fewer launches, and need more memory.
+UNPACKED = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
 @dataclass
@@ -81,6 +84,27 @@ def to_host(vector: Tensor) -> Tensor:
         return vector.cpu()
     host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
     return host.copy_(vector, non_blocking=True)
+
+
+@torch.no_grad()
+def zero_entries(group: Group, gone: Tensor, leaving: Sequence[int]) -> None:
+    """Weights that leave become 0, in place and through the version counter.
+
+    Args:
+        group: the layers.
+        gone: uint8[B], what leaves.
+        leaving: layers of the group that something leaves, ascending.
+    """
+    most = UNPACKED.get(gone.device.type, 1 << 28) // 8
+    while leaving:
+        begin = group.begins[leaving[0]]
+        last = next((k for k, i in enumerate(leaving) if k and group.begins[i + 1] - begin > most), len(leaving))
+        bits = gone[begin : group.begins[leaving[last - 1] + 1]]
+        entries = functional.unpack_mask(bits, 8 * bits.numel())
+        for i in leaving[:last]:
+            layer, start = group.layers[i], 8 * (group.begins[i] - begin)
+            layer.param.masked_fill_(entries[start : start + layer.numel].view(layer.shape), 0)
+        leaving = leaving[last:]
 
 
 @dataclass

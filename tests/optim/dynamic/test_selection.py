@@ -11,6 +11,7 @@ from dynamic_training import make, train_step, weights_of
 from torch import Tensor, nn
 
 import sparseopt as so
+from sparseopt.optim.dynamic import selection
 from sparseopt.optim.dynamic.engine import DynamicSparsity
 from sparseopt.optim.dynamic.policy import random_seed
 from sparseopt.optim.dynamic.selection import Move, choose_together, groups_of
@@ -151,3 +152,21 @@ def test_known_counts_are_not_counted_again() -> None:
     masks = so.MaskSet(packed, {"a": (8,), "b": (2, 4)}, counts={"a": 2})
     assert masks.counts == {"a": 2, "b": 3}
     assert masks.active_parameters == 5
+
+
+@pytest.mark.parametrize("at_once", [8, 3000, 1 << 22])
+@pytest.mark.parametrize("leaving", [[0, 1, 2, 3, 4], [1, 4], [3], []])
+def test_what_leaves_becomes_0(monkeypatch: pytest.MonkeyPatch, at_once: int, leaving: list[int]) -> None:
+    monkeypatch.setattr(selection, "UNPACKED", {"cpu": at_once})
+    model = odd_model(torch.float32)
+    engine = DynamicSparsity(model, total_steps=10, interval=2, sparsity=0.5, initial="random")
+    nothing = {layer.name: torch.zeros_like(engine.masks.packed(layer.name)) for layer in engine.layers}
+    (group,) = groups_of(engine.layers, engine.masks, nothing)
+    before, versions = weights_of(model), [layer.param._version for layer in engine.layers]
+    selection.zero_entries(group, group.bits, leaving)
+    for i, layer in enumerate(engine.layers):
+        gone = engine.masks[layer.name] if i in leaving else torch.zeros(layer.shape, dtype=torch.bool)
+        assert torch.equal(layer.param.detach(), before[layer.name].masked_fill(gone, 0)), layer.name
+        assert (layer.param._version > versions[i]) == (i in leaving), (
+            "who keeps copies of weights sees that they changed"
+        )
