@@ -141,7 +141,7 @@ class StructuredUse:
             )
         shape = self.lay_out(weight)
         # One number, and no view of it: nobody reads the values.
-        leaf = torch.empty_strided(shape, (0, 0), dtype=weight.dtype, device=weight.device).requires_grad_()
+        leaf = torch.empty_strided(shape, (0,) * len(shape), dtype=weight.dtype, device=weight.device).requires_grad_()
         leaf.register_post_accumulate_grad_hook(_Deliver(weight, _link(weight)))
         self.leaf = leaf
         return leaf
