@@ -128,15 +128,16 @@ class SparseLinear:
 def sparse_linear(model: nn.Module, masks: MaskSet | Mapping[str, Tensor]) -> SparseLinear:
     """Makes linear layers whose mask is made of whole rows or columns compute, and keep, only what trains.
 
-    For ``nn.Linear`` and transformers' Conv1D, fused q/k/v layers included. Columns of a Linear (rows of a Conv1D): only those
-    input features are kept for the backward. A :class:`~sparseopt.SparseAdamW` with ``capture_gradients=True`` takes the
-    gradients into its compact buffer, and follows ``update_masks``; without one ``param.grad`` is dense, and 0 outside of the
-    masks. Parameters keep name, shape and storage, state dicts and ``generate`` are as ever, copies of the model have its own
-    classes' forwards. Parameters whose mask is empty need no gradient meanwhile, so that the backward ends at the lowest layer
-    that trains.
+    For ``nn.Linear`` and transformers' Conv1D, fused q/k/v layers included, and transformers' experts in 3-D weights, run as
+    "eager", "batched_mm" or "grouped_mm", where each expert's matrix has rows or columns of its own. Columns of a Linear (rows
+    of a Conv1D): only those input features are kept for the backward. A :class:`~sparseopt.SparseAdamW` with
+    ``capture_gradients=True`` takes the gradients into its compact buffer, and follows ``update_masks``; without one
+    ``param.grad`` is dense, and 0 outside of the masks. Parameters keep name, shape and storage, state dicts and ``generate``
+    are as ever, copies of the model have its own classes' forwards. Parameters whose mask is empty need no gradient meanwhile,
+    so that the backward ends at the lowest layer that trains.
 
     Left to compute all of dW, as :attr:`SparseLinear.left` says: embeddings, weights that several modules share (tied heads),
-    experts held in 3-D parameters, layers with a forward of their own, masks of other kinds.
+    experts in 3-D weights of other libraries or run by other kernels, layers with a forward of their own, masks of other kinds.
 
     Call it when the model is where it trains and before ``torch.compile``d code runs.
 

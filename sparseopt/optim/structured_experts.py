@@ -96,13 +96,14 @@ class _Weight:
 
     def times(self, x: Tensor, how: int, flipped: bool, groups: Tensor | None = None) -> Tensor:
         """x M, or x M^T where ``flipped``, of the matrices M that this stands for."""
-        use, leaf, expert = self._use, self._leaf, -1
+        use, expert = self._use, -1
+        leaf: Any = self._leaf
         where, counts = use.where, use.counts
         if how == ONE:
             expert, counts = self._chosen, None
             first = self._first
             if first._parts is None:  # one gradient is put together of all experts'
-                first._parts = leaf.split(use.sizes)
+                first._parts = self._leaf.split(use.sizes)
             leaf = first._parts[expert] if use.sizes[expert] else None
             where = where[expert, : use.filled[expert]]
         return Product.apply(
