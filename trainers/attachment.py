@@ -42,9 +42,9 @@ def attach(
     Args:
         trainer: a trainer that has not created its optimizer yet.
         masks: what to train, by parameter name. A tied weight may be named by any of its names.
-        structured: ``"auto"``: while training runs, linear layers whose mask is made of whole rows or columns compute and
-            keep only what trains (:func:`~sparseopt.sparse_linear`), in one process, where gradients are captured and masks do not
-            change.
+        structured: ``"auto"``: while training runs, linear layers and experts whose mask is made of whole rows or columns
+            compute and keep only what trains (:func:`~sparseopt.sparse_linear`), in one process, where gradients are
+            captured and masks do not change.
             ``False``: all weight gradients are computed whole.
         sparse_adamw_kwargs: arguments of :class:`~sparseopt.SparseAdamW`. Defaults come from the training arguments
             (learning rate, betas, eps, weight decay, ``max_grad_norm``); ``capture_gradients`` is on unless fp16 loss

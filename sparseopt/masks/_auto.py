@@ -10,7 +10,8 @@ weight gradient is computed whole and whose input X [T, d_in] is kept whole, the
 and cost the score S_e - S_r or S_e - S_c. The structure with the least score lost per number spared is taken, columns where
 both lose the same; single entries where it keeps less than half of S_e, and in tensors that are no matrices. (T weighs one
 against the other; for nn.Linear columns are input features. Where a weight is stored the other way round, as in Conv1D,
-the rows are, and the choice merely favours the less thrifty of the two.)
+the rows are, and the choice merely favours the less thrifty of the two.) Matrices in three dimensions [E, d_out, d_in], such
+as experts, are counted as one of E d_out rows: as if each token went to one of them.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ def choose_grain(name: str, scores: Part, density: float) -> int | str:
     """1, "row" or "column" for one tensor."""
     n = scores.numel()
     room = round(density * n)
-    if len(scores.shape) != 2 or room == 0:
+    if len(scores.shape) not in (2, 3) or room == 0:
         return 1
-    rows, columns = scores.shape
+    columns = scores.shape[-1]
+    rows = n // columns
     source = _source(name, scores)
     (cut,) = top([source], room, [0])
     best = pick(source, cut, torch.zeros((n + 7) // 8, dtype=torch.uint8)).kept

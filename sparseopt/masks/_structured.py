@@ -2,7 +2,9 @@
 
 Rows (index of dimension 0) and columns (index of the last dimension) are few enough to be sorted, but differ in size
 from tensor to tensor: they are taken greedily in the order of their summed scores, skipping those that no longer fit.
-In tensors of fewer than two dimensions every entry is a row and a column of its own.
+Tensors of three dimensions are matrices one after the other, such as the experts of a mixture, each with rows (index of
+dimension 1) and columns of its own: [E, A, B] has E A rows of B entries and E B columns of A. In tensors of fewer than two
+dimensions every entry is a row and a column of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from sparseopt import functional
 from sparseopt.masks._pieces import Part
 from sparseopt.masks._select import Picked
 
-__all__ = ["Structure", "pick_structures", "random_mask", "whole_groups"]
+__all__ = ["Structure", "pick_structures", "random_mask", "structure_of", "whole_groups"]
 
 Bools = npt.NDArray[np.bool_]
 PIECE = 1 << 22  # score elements summed at a time
@@ -34,6 +36,8 @@ def structure_of(shape: Sequence[int], grain: str) -> tuple[int, int]:
     if len(shape) < 2:
         return n, 1
     count = shape[0] if grain == "row" else shape[-1]
+    if len(shape) == 3:
+        count = n // shape[2 if grain == "row" else 1]
     return count, n // count
 
 
@@ -62,57 +66,69 @@ def _sums(scores: Part, grain: str, count: int) -> tuple[Tensor, bool]:
     n = scores.numel()
     if n == 0:
         return total, False
-    single = len(scores.shape) < 2
-    width = 1 if single else n // count if grain == "row" else count  # entries of a row of the flat view
-    step = max(1, PIECE // width)
+    by_row = grain == "row" or len(scores.shape) < 2
+    # The flat view is matrices of height x width; rows are matrices of one row.
+    width = n // count if by_row else scores.shape[-1]
+    height = 1 if by_row else n // count
+    count_rows, step = n // width, max(1, PIECE // width)
+    if step > height:  # whole matrices at a time, else pieces of one
+        step -= step % height
     read = scores.open()
     has_nan = False
-    for start in range(0, n // width, step):
-        stop = min(start + step, n // width)
-        rows = read(start * width, stop * width).view(stop - start, width)
-        if single or grain == "row":
-            total[start:stop] = rows.sum(1, dtype=torch.float64).cpu()
-            found = total[start:stop]
-        else:
-            found = rows.sum(0, dtype=torch.float64).cpu()
-            total += found
+    start = 0
+    while start < count_rows:
+        stop = min(start + step, count_rows)
+        if step < height:
+            stop = min(stop, (start // height + 1) * height)
+        rows = read(start * width, stop * width).view(-1, min(height, stop - start), width)
+        found = rows.sum(2 if by_row else 1, dtype=torch.float64).view(-1).cpu()
+        first = start // height * (1 if by_row else width)
+        total[first : first + found.numel()] += found
         has_nan = has_nan or (bool(torch.isnan(found).any()) and bool(torch.isnan(rows).any()))
+        start = stop
     return total, has_nan
 
 
 def _expand(chosen: Tensor, shape: Sequence[int], grain: str) -> Tensor:
     if math.prod(shape) == 0 or len(shape) < 2:
         return functional.pack_mask(chosen)
-    view = (-1,) + (1,) * (len(shape) - 1) if grain == "row" else (1,) * (len(shape) - 1) + (-1,)
+    outer = (1,) * (len(shape) - 2)
+    if len(shape) == 3:
+        outer, chosen = (), chosen.view(shape[0], -1)
+    view = (*chosen.shape, 1, *outer) if grain == "row" else (*chosen.shape[:-1], *outer, 1, chosen.shape[-1])
     return functional.pack_mask(chosen.view(view).expand(tuple(shape)).contiguous())
 
 
 def whole_groups(packed: Tensor, shape: Sequence[int]) -> tuple[str, Tensor] | None:
-    """Whether a matrix's mask is made of whole rows or whole columns.
+    """Whether the mask of a matrix, or of several in three dimensions, is made of whole rows or whole columns.
 
     Args:
         packed: uint8[ceil(n/8)] on the CPU.
-        shape: two sizes.
+        shape: two sizes, or three.
 
     Returns:
-        ("row" or "column", their indices: sorted int64), or None. Full and empty masks are rows.
+        ("row" or "column", their indices: sorted int64; matrix by matrix in three dimensions), or None. Full and empty
+        masks are rows.
     """
-    rows, columns = shape
-    if rows * columns == 0:
+    rows, columns = shape[-2:]
+    matrices = math.prod(shape[:-2])
+    if matrices * rows * columns == 0:
         return "row", torch.arange(0)
     # Eight columns to a byte where rows begin at bytes: an eighth of the work.
     whole = columns % 8 == 0
-    bits = packed.view(rows, columns // 8) if whole else functional.unpack_mask(packed, (rows, columns))
+    bits = packed if whole else functional.unpack_mask(packed, matrices * rows * columns)
+    bits = bits.view(matrices, rows, -1)
     full = 255 if whole else 1
-    for part in (bits[:64], bits):  # most masks that are neither show it at once
-        first = part[:, 0]
-        by_row = bool(((first == 0) | (first == full)).all()) and bool((part == first[:, None]).all())
-        by_column = bool((part == part[0]).all())
+    for part in (bits[:1, :64], bits):  # most masks that are neither show it at once
+        first = part[:, :, :1]
+        by_row = bool(((first == 0) | (first == full)).all()) and bool((part == first).all())
+        by_column = bool((part == part[:, :1]).all())
         if not (by_row or by_column):
             return None
     if by_row:
-        return "row", bits[:, 0].nonzero().view(-1)
-    return "column", (functional.unpack_mask(bits[0], columns) if whole else bits[0]).nonzero().view(-1)
+        return "row", bits[:, :, 0].reshape(-1).nonzero().view(-1)
+    lines = bits[:, 0].reshape(-1)
+    return "column", (functional.unpack_mask(lines, matrices * columns) if whole else lines).nonzero().view(-1)
 
 
 def pick_structures(

@@ -74,7 +74,8 @@ def find_masks(
             ``round((1 - sparsity) * n)`` of each tensor.
         granularity: 1 = single entries, exact counts; 8, 16, 32 = aligned runs in the flat (row-major) tensor;
             ``"row"`` = dimension 0, ``"column"`` = last dimension (in tensors of fewer than two dimensions every entry
-            is one). Whole groups by summed score, never more entries than the count above, less than one group under.
+            is one; those of three are matrices, such as experts, each with rows and columns of its own). Whole groups
+            by summed score, never more entries than the count above, less than one group under.
             ``"auto"`` chooses ``"row"``, ``"column"`` or 1 for each tensor, by the score lost per number that a training
             step is spared (the formula is in :mod:`sparseopt.masks._auto`); tensors of single entries fill the count up.
         min_layer_keep_ratio: share of each tensor's entries that is active whatever the other tensors score, rounded up

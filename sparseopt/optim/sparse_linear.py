@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from sparseopt._modules import module_kind, module_name
 from sparseopt.masks._structured import whole_groups
 from sparseopt.masks.maskset import MaskSet, normalize_name
-from sparseopt.optim import distributed, structured
+from sparseopt.optim import distributed, structured, structured_experts
 from sparseopt.optim.structured import StructuredUse
+from sparseopt.optim.structured_experts import ExpertsUse
 
 __all__ = ["SparseLinear", "sparse_linear"]
 
@@ -113,8 +114,11 @@ class SparseLinear:
         if why is not None or groups is None:
             self.left[name] = str(why)
             return
-        module = owners[0][0]
-        use = StructuredUse(module, name, *groups)
+        module, _, attribute = owners[0]
+        if param.dim() > 2:
+            use: StructuredUse = ExpertsUse(module, name, attribute, *groups)
+        else:
+            use = StructuredUse(module, name, *groups)
         structured.attach(param, use)
         structured.swap(use)
         self._uses.append(use)
@@ -124,15 +128,16 @@ class SparseLinear:
 def sparse_linear(model: nn.Module, masks: MaskSet | Mapping[str, Tensor]) -> SparseLinear:
     """Makes linear layers whose mask is made of whole rows or columns compute, and keep, only what trains.
 
-    For ``nn.Linear`` and transformers' Conv1D, fused q/k/v layers included. Columns of a Linear (rows of a Conv1D): only those
-    input features are kept for the backward. A :class:`~sparseopt.SparseAdamW` with ``capture_gradients=True`` takes the
-    gradients into its compact buffer, and follows ``update_masks``; without one ``param.grad`` is dense, and 0 outside of the
-    masks. Parameters keep name, shape and storage, state dicts and ``generate`` are as ever, copies of the model have its own
-    classes' forwards. Parameters whose mask is empty need no gradient meanwhile, so that the backward ends at the lowest layer
-    that trains.
+    For ``nn.Linear`` and transformers' Conv1D, fused q/k/v layers included, and transformers' experts in 3-D weights, run as
+    "eager", "batched_mm" or "grouped_mm", where each expert's matrix has rows or columns of its own. Columns of a Linear (rows
+    of a Conv1D): only those input features are kept for the backward. A :class:`~sparseopt.SparseAdamW` with
+    ``capture_gradients=True`` takes the gradients into its compact buffer, and follows ``update_masks``; without one
+    ``param.grad`` is dense, and 0 outside of the masks. Parameters keep name, shape and storage, state dicts and ``generate``
+    are as ever, copies of the model have its own classes' forwards. Parameters whose mask is empty need no gradient meanwhile,
+    so that the backward ends at the lowest layer that trains.
 
     Left to compute all of dW, as :attr:`SparseLinear.left` says: embeddings, weights that several modules share (tied heads),
-    experts held in 3-D parameters, layers with a forward of their own, masks of other kinds.
+    experts in 3-D weights of other libraries or run by other kernels, layers with a forward of their own, masks of other kinds.
 
     Call it when the model is where it trains and before ``torch.compile``d code runs.
 
@@ -164,11 +169,13 @@ def _unfit(param: Tensor, owners: list[tuple[nn.Module, str, str]]) -> str | Non
     module, name, attribute = owners[0]
     if len(owners) > 1:
         return f"{' and '.join(other for _, other, _ in owners)} share it"
-    if param.dim() > 2:
-        return f"{name} ({type(module).__name__}) holds it in {param.dim()} dimensions"
-    if structured.is_structured(module):
+    if structured.is_structured(module) and structured.use_of(param) is not None:
         return f"{name} is structured already"
-    if attribute != "weight" or module_kind(module) not in ("Linear", "Conv1D"):
+    if param.dim() > 2:
+        why = structured_experts.unfit(module, name, param)
+        if why is not None:
+            return why
+    elif attribute != "weight" or module_kind(module) not in ("Linear", "Conv1D"):
         return f"{name} ({type(module).__name__}) is not an nn.Linear or Conv1D with its own forward"
     if "forward" in module.__dict__:
         return f"the forward of {name} is patched already"

@@ -23,15 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparseopt.masks._structured import whole_groups
+from sparseopt.masks._structured import structure_of, whole_groups
 
 if TYPE_CHECKING:
     from sparseopt.optim.capture import _Slot
 
 __all__ = [
     "ALIGNMENT",
+    "Structured",
     "StructuredUse",
     "attach",
+    "class_of",
     "connect",
     "disconnect",
     "follow",
@@ -106,10 +108,13 @@ class StructuredUse:
     Attributes:
         module: it holds the weight, and nobody else does.
         name: of the weight.
+        attribute: the weight's name in the module.
         kind: "row" or "column", of the weight as it is stored; None: its mask is neither, and all of dW is computed.
         index: int64 on the CPU, the rows or columns.
         paused: somebody wants to see dense gradients.
     """
+
+    attribute = "weight"
 
     def __init__(self, module: Any, name: str, kind: str, index: Tensor) -> None:
         self.module, self.name = module, name
@@ -128,22 +133,47 @@ class StructuredUse:
 
     def place(self) -> Tensor:
         """Makes the leaf where the weight is now, in its dtype."""
-        weight = self.module.weight
+        weight = self.module._parameters[self.attribute]
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 f"{self.name!r} was moved to {weight.dtype} on {weight.device} after sparse_linear(): call "
                 "sparse_linear() when the model is where it trains."
             )
+        shape = self.lay_out(weight)
+        # One number, and no view of it: nobody reads the values.
+        leaf = torch.empty_strided(shape, (0,) * len(shape), dtype=weight.dtype, device=weight.device).requires_grad_()
+        leaf.register_post_accumulate_grad_hook(_Deliver(weight, _link(weight)))
+        self.leaf = leaf
+        return leaf
+
+    def lay_out(self, weight: Tensor) -> tuple[int, ...]:
+        """Indices where the weight is -> the shape of the part."""
         rows, columns = weight.shape
         count, step = self.index.numel(), ALIGNMENT.get(weight.device.type, 1)
         filled = torch.cat([self.index, self.index[-1:].expand(-count % step)])
         self.where = filled.to(weight.device)
-        shape = (count, columns) if self.kind == "row" else (rows, count)
-        # One number, and no view of it: nobody reads the values.
-        leaf = torch.empty_strided(shape, (0, 0), dtype=weight.dtype, device=weight.device).requires_grad_()
-        leaf.register_post_accumulate_grad_hook(_Deliver(weight, _link(weight)))
-        self.leaf = leaf
-        return leaf
+        return (count, columns) if self.kind == "row" else (rows, count)
+
+    def add_to(self, gradient: Tensor, part: Tensor) -> None:
+        """Adds the part to a dense gradient."""
+        gradient.index_add_(0 if self.kind == "row" else 1, self.where[: self.index.numel()], part)
+
+    def install(self) -> None:
+        self.module.__class__ = class_of(type(self.module), _OfConv1D if self.conv1d else _OfLinear)
+        self.module._structured = self
+
+    def uninstall(self) -> None:
+        module = self.module
+        if module.__dict__.get("_structured") is self:
+            del module._structured
+            module.__class__ = module._own
+
+    def current_leaf(self, weight: Tensor) -> Tensor | None:
+        """The leaf, if the layer is to compute in part now."""
+        leaf = self.leaf
+        if leaf is None or self.paused or not torch.is_grad_enabled() or not weight.requires_grad:
+            return None
+        return self.place() if leaf.device != weight.device or leaf.dtype != weight.dtype else leaf
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
@@ -151,15 +181,14 @@ class StructuredUse:
 # on modules of torch's own classes for constant, and would compile each layer anew whose rows or columns are of another number.
 def _forward(module: Any, x: Tensor) -> Tensor:
     use = module._structured
-    leaf, weight = use.leaf, module.weight
-    if leaf is None or use.paused or not torch.is_grad_enabled() or not weight.requires_grad:
+    weight = module.weight
+    leaf = use.current_leaf(weight)
+    if leaf is None:
         return module._own.forward(module, x)
-    if leaf.device != weight.device or leaf.dtype != weight.dtype:
-        leaf = use.place()
     return _Linear.apply(x, weight, module.bias, leaf, use.where, use.by_input, use.conv1d)
 
 
-class _Structured:
+class Structured:
     """What classes made by :func:`swap` have beside their own; copies and pickles are of their own class."""
 
     _own: type
@@ -169,12 +198,12 @@ class _Structured:
         return copyreg._reconstructor, (self._own, object, None), state  # type: ignore[attr-defined]
 
 
-class _OfLinear(_Structured):
+class _OfLinear(Structured):
     def forward(self, input: Tensor) -> Tensor:
         return _forward(self, input)
 
 
-class _OfConv1D(_Structured):
+class _OfConv1D(Structured):
     def forward(self, x: Tensor) -> Tensor:
         return _forward(self, x)
 
@@ -182,9 +211,10 @@ class _OfConv1D(_Structured):
 _classes: dict[type, type] = {}
 
 
-def _class_of(own: type, conv1d: bool) -> type:
+def class_of(own: type, base: type) -> type:
+    """``own`` with the forward of ``base``."""
     if own not in _classes:
-        bases = (_OfConv1D if conv1d else _OfLinear, own)
+        bases = (base, own)
         content = {"__module__": __name__, "__doc__": own.__doc__, "_own": own}
         _classes[own] = type(own.__name__, bases, content)
     return _classes[own]
@@ -192,21 +222,17 @@ def _class_of(own: type, conv1d: bool) -> type:
 
 def swap(use: StructuredUse) -> None:
     """The module computes through ``use`` from now on."""
-    use.module.__class__ = _class_of(type(use.module), use.conv1d)
-    use.module._structured = use
+    use.install()
 
 
 def restore(use: StructuredUse) -> None:
     """The end of :func:`swap`."""
-    module = use.module
-    if module.__dict__.get("_structured") is use:
-        del module._structured
-        module.__class__ = module._own
+    use.uninstall()
     use.kind = use.leaf = None
 
 
 def is_structured(module: nn.Module) -> bool:
-    return isinstance(module, _Structured)
+    return isinstance(module, Structured)
 
 
 class _Deliver:
@@ -236,8 +262,7 @@ def _accumulate(param: Tensor, use: StructuredUse, part: Tensor) -> None:
     part = part.detach()
     if param.grad is None:
         param.grad = torch.zeros_like(param)
-    count = use.index.numel()
-    param.grad.index_add_(0 if use.kind == "row" else 1, use.where[:count], part)
+    use.add_to(param.grad, part)
 
 
 # ---- who captures, and who computes ----------------------------------------------------------------------------------
@@ -336,7 +361,7 @@ def follow(param: Tensor, packed: Tensor | None, changed: bool, name: str) -> No
         raise ValueError(
             f"the optimizer's mask of {name!r} is not the one that sparse_linear() was given: give both the same masks."
         )
-    if groups is None or groups[1].numel() in (0, param.shape[0 if groups[0] == "row" else 1]):
+    if groups is None or groups[1].numel() in (0, structure_of(param.shape, groups[0])[0]):
         use.set(None, use.index)
     else:
         use.set(*groups)

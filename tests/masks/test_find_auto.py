@@ -27,7 +27,7 @@ def scores() -> dict[str, Tensor]:
         "b.weight": by_row,
         "c.weight": single,
         "c.bias": noise(40),
-        "d.weight": noise(3, 4, 5),
+        "d.weight": noise(1, 3, 4, 5),
     }
 
 
@@ -41,6 +41,17 @@ def test_each_tensor_gets_what_its_scores_are_made_of() -> None:
     assert (masks["a.weight"] == masks["a.weight"][:1]).all()
     assert (masks["b.weight"] == masks["b.weight"][:, :1]).all()
     assert masks.metadata["kept_score"] > so.find_masks(scores(), 0.97, granularity="row").metadata["kept_score"]
+
+
+def test_experts_get_rows_and_columns_of_their_own() -> None:
+    by_column, by_row = noise(4, 16, 24), noise(4, 16, 24, seed=1)
+    by_column[[0, 0, 2], :, [1, 5, 23]] += 1  # none of the experts 1 and 3
+    by_row[[1, 3], [0, 7]] += 1
+    masks = so.find_masks({"a": by_column, "b": by_row}, sparsity=0.968, granularity="auto")
+    assert masks.metadata["granularities"] == {"a": "column", "b": "row"}
+    assert masks["a"][[0, 0, 2], :, [1, 5, 23]].all()
+    assert masks["b"][[1, 3], [0, 7]].all()
+    assert masks.active_parameters == 3 * 16 + 2 * 24
 
 
 def test_the_structure_that_loses_least_per_number_spared() -> None:

@@ -25,7 +25,10 @@ def split_groups(tensor, grain):
     if tensor.dim() < 2:
         return list(flat.split(1))
     index = flat.view(tensor.shape)
-    groups = index.unbind(0) if grain == "row" else index.unbind(-1)
+    if tensor.dim() == 3:  # matrix by matrix
+        groups = [group for matrix in index for group in (matrix if grain == "row" else matrix.T)]
+    else:
+        groups = index.unbind(0) if grain == "row" else index.unbind(-1)
     return [group.reshape(-1) for group in groups]
 
 
@@ -65,6 +68,8 @@ def score_dicts(draw, max_dim=40):
     scores = {}
     for i in range(count):
         shape = tuple(draw(st.lists(st.integers(0, max_dim), min_size=0, max_size=2)))
+        if draw(st.integers(0, 4)) == 4:
+            shape = tuple(draw(st.lists(st.integers(0, 8), min_size=3, max_size=3)))
         x = torch.randn(shape, generator=generator)
         if kind == "ties":
             x = (x * 2).round().abs()
@@ -334,3 +339,19 @@ def test_wrong_scores():
     with pytest.raises(ValueError, match="two score tensors are named 'w'"):
         so.find_masks({"w": torch.ones(3), "module.w": torch.ones(3)})
     assert so.find_masks({"w": torch.ones(0, 3)}, 0.5).active_parameters == 0
+
+
+@pytest.mark.parametrize("piece", [1, 7, 16, 40, 64, 100, 1 << 22])
+def test_matrices_in_three_dimensions_have_rows_and_columns_of_their_own(monkeypatch, piece):
+    """Read in pieces of a matrix, of whole ones, of several."""
+    from sparseopt.masks import _structured
+
+    monkeypatch.setattr(_structured, "PIECE", piece)
+    values = torch.rand(5, 6, 7, generator=torch.Generator().manual_seed(0))
+    for grain, dim in (("row", 2), ("column", 1)):
+        sums = values.double().sum(dim).view(-1)
+        size = values.shape[dim]
+        best = torch.zeros(sums.numel(), dtype=torch.bool)
+        best[sums.argsort(descending=True)[: round(0.3 * values.numel()) // size]] = True
+        mask = so.find_masks({"w": values}, 0.7, granularity=grain)["w"]
+        assert torch.equal(mask, best.view(5, -1).unsqueeze(dim).expand_as(mask))

@@ -207,8 +207,9 @@ def test_random_groups(grain, density):
             size, groups = grain, mask.view(-1).split(grain)
         elif tensor.dim() < 2:
             size, groups = 1, mask.split(1)
-        else:
-            groups = mask.flatten(1).unbind(0) if grain == "row" else mask.flatten(0, -2).unbind(1)
+        else:  # three dimensions are matrices
+            lines = mask if grain == "row" else mask.transpose(-1, -2)
+            groups = lines.reshape(-1, lines.shape[-1]).unbind(0)
             size = groups[0].numel()
         assert all(bool(group.all()) or not bool(group.any()) for group in groups)
         assert budget - size < m.count(name) <= budget

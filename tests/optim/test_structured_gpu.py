@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from structured_model import group_mask
+from tiny_experts import IMPLEMENTATIONS, expert_masks, make_moe
 from torch import Tensor, nn
 
 import sparseopt as so
@@ -109,3 +110,67 @@ def test_neither_waits_for_the_device_nor_keeps_whole_inputs() -> None:
             opt.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def check_experts(
+    dtype: torch.dtype,
+    kind: str,
+    implementation: str,
+    grain: str,
+    even: bool,
+    compiled: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Gradients of 64 tokens, none of which goes to the last expert, beside those of a copy without masks."""
+    torch._dynamo.reset()
+    models = [make_moe(kind, implementation, dtype).model.layers[0].mlp.experts.cuda() for _ in range(2)]
+    masks = {n: m for n, m in expert_masks(models[0], grain, even).items() if m.dim() == 3}
+    params = [(name, param) for name, param in models[0].named_parameters() if name in masks]
+    opt = so.SparseAdamW(params, lr=1e-3, masks=masks, capture_gradients=True)
+    opt.initialize_state()
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    x = torch.randn(64, 16, device="cuda", generator=generator).to(dtype).requires_grad_()
+    ids = torch.rand(64, 3, device="cuda", generator=generator).argsort(1)[:, :2]
+    shares = torch.full((64, 2), 0.5, device="cuda", dtype=dtype)
+    grads = []
+    with so.sparse_linear(models[0], masks) as found:
+        assert set(found.layers.values()) == {grain}
+        for model in models:
+            run = torch.compile(model, fullgraph=True) if compiled else model
+            x.grad = None
+            run(x, ids, shares).float().square().sum().backward()
+            if quiet and model is models[0]:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                run(x, ids, shares).float().square().sum().backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert x.grad is not None
+            grads.append(x.grad)
+    assert opt._capture is not None
+    # A whole gradient of batched products is summed in bf16, which costs it more than the part.
+    tolerance = (2e-2 if compiled else 1e-2) if dtype == torch.bfloat16 else 1e-5
+    assert (grads[0] - grads[1]).float().norm() <= tolerance * grads[1].float().norm()
+    for name, values in opt._capture.pending().items():
+        dense = models[1].get_parameter(name).grad
+        expected = dense[masks[name].cuda()].float()
+        assert (values - expected).norm() <= tolerance * expected.norm(), name
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("grain", ["row", "column"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts(dtype: torch.dtype, kind: str, implementation: str, grain: str, even: bool) -> None:
+    check_experts(dtype, kind, implementation, grain, even)
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_experts_compiled(implementation: str) -> None:
+    check_experts(torch.bfloat16, "mixtral", implementation, "column", False, compiled=True)
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_experts_do_not_wait_for_the_device(implementation: str) -> None:
+    check_experts(torch.bfloat16, "mixtral", implementation, "column", False, quiet=True)

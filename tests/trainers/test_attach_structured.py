@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tiny_experts import IMPLEMENTATIONS, expert_masks, make_moe
 from tiny_llama import arguments, check_frozen, common, grpo_trainer, lm_data, text_rows, tiny_model, tiny_tokenizer
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
@@ -69,6 +70,28 @@ def test_trains_as_with_whole_gradients(tmp_path: Path, checkpointing: bool | No
         found.append((model, [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e]))
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
     for ours, theirs in zip(found[0][0].parameters(), found[1][0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_experts_train_as_with_whole_gradients(tmp_path: Path, implementation: str) -> None:
+    found = []
+    for kind in ("auto", False):
+        model, watch = make_moe("mixtral", implementation), Watch()
+        bits = {n: m if m.dim() == 3 else torch.zeros_like(m) for n, m in expert_masks(model, "column").items()}
+        masks = so.MaskSet.from_bool(bits)
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+        trainer = Trainer(
+            model=model, args=arguments(tmp_path, learning_rate=1e-3), train_dataset=lm_data(), callbacks=[watch]
+        )
+        so.attach(trainer, masks, structured=kind)  # type: ignore[arg-type]
+        trainer.train()
+        assert watch.parts == [2 if kind == "auto" else 0] * 6
+        assert watch.dense == [0] * 6
+        assert check_frozen(model, start, masks) > 0
+        check_restored(model)
+        found.append(model)
+    for ours, theirs in zip(found[0].parameters(), found[1].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
