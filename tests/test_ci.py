@@ -119,3 +119,28 @@ def test_make_says_early_what_the_system_lacks(tmp_path: Path, variables: dict[s
     assert result.returncode == 2
     assert words in result.stderr
     assert not venv.exists()
+
+
+@pytest.mark.parametrize(
+    ("beside", "alone", "good"),
+    [(0, 0, True), (0, 5, True), (5, 0, True), (5, 5, False), (1, 0, False), (0, 1, False), (1, 5, False)],
+)
+def test_make_slow_fails_when_a_part_does_or_both_are_empty(
+    tmp_path: Path, beside: int, alone: int, good: bool
+) -> None:
+    """With a pytest that only returns a code (5: it found no test)."""
+    (tmp_path / "bin").mkdir()
+    script = (
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\ncase "$*" in *"not alone"*) exit {beside};; esac\nexit {alone}\n'
+    )
+    (tmp_path / "bin" / "pytest").write_text(script)
+    (tmp_path / "bin" / "pytest").chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("CI", "MAKEFLAGS", "PYTEST_ARGS")}
+    done = subprocess.run(
+        ["make", "-o", f"{tmp_path}/.stamps/dev", "slow", f"VENV={tmp_path}", f"REPORTS={tmp_path}/reports", "WORKERS=3"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode == 0) == good, done.stderr
+    first, second = (tmp_path / "calls").read_text().splitlines()
+    assert "-n 3" in first
+    assert "-n" not in second.split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,6 +127,12 @@ def find(
         raise typer.BadParameter(f"--output must end in .safetensors or .pt, got {str(output)!r}.")
     if compute_jaccard and delta_log_dir is None:
         raise typer.BadParameter("--compute_jaccard needs --delta_log_dir.")
+    if 0 < sparsity_percent < 1:
+        warnings.warn(
+            f"--sparsity_percent {sparsity_percent:g} leaves {100 - sparsity_percent:g}% of the entries active; the share "
+            f"{sparsity_percent:g} is --sparsity_percent {100 * sparsity_percent:g}.",
+            stacklevel=2,
+        )
     from sparseopt.deltas.find import Search, require_plotting
     from sparseopt.masks.granularity import granularity_of
 

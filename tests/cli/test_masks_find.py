@@ -210,6 +210,16 @@ def test_a_model_without_a_log(tmp_path: Path) -> None:
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
+def test_a_share_given_as_a_percentage_warns(tmp_path: Path) -> None:
+    for percent, warned in (("0.975", True), ("97.5", False)):
+        result = CliRunner().invoke(app, [
+            "masks", "find", "--method", "random", "--model_name", str(tmp_path / "absent"), "--sparsity_percent", percent,
+        ])  # fmt: skip
+        assert result.exit_code == 1
+        said = "leaves 99.025% of the entries active; the share 0.975 is --sparsity_percent 97.5."
+        assert (said in result.stderr) == warned
+
+
 def test_a_step_that_was_not_logged(log: Path) -> None:
     message = fail("--delta_log_dir", log, "--method", "fisher", "--target_step", 25)
     assert "has no step 25; it has steps 10, 20, 30, 40, 50." in message
