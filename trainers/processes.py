@@ -8,30 +8,51 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-__all__ = ["is_first", "own_device", "refuse_sharding", "splits_model", "wait"]
+from sparseopt._processes import is_first, own_device, position
+
+__all__ = ["Anyone", "is_first", "own_device", "refuse_several", "refuse_sharding", "several", "splits_model", "wait"]
 
 # What accelerate sets where it splits the model over the processes.
 SPLITTING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed ZeRO"}
 
 
-def is_first() -> bool:
-    """Whether this process writes files and talks: rank 0, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def own_device(asked: str) -> str:
-    """The GPU of this process where there are several processes and ``asked`` is any GPU, else what was asked for."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or asked not in ("auto", "cuda") or not torch.cuda.is_available():
-        return asked
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    torch.cuda.set_device(index)
-    return f"cuda:{index}"
+def several() -> bool:
+    """Whether this process trains with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def wait() -> None:
     """Until every process is here."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several():
         dist.barrier()
+
+
+class Anyone:
+    """Whether something was the case on any process: every process learns the same, and no GPU waits for it.
+
+    On GPUs the answer is that of the question before, which is known by then without stopping the host.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def ask(self, here: bool, device: torch.device) -> bool:
+        """Every process asks equally often, with what is the case on it."""
+        if not several():
+            return here
+        flag = torch.tensor(int(here), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if device.type != "cuda":
+            return bool(flag)
+        before, event = self._before, torch.cuda.Event()
+        host = torch.empty((), dtype=flag.dtype, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        event.record()
+        self._before = host, event
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0])
 
 
 def _splitting() -> str | None:
@@ -47,10 +68,17 @@ def splits_model(args: Any) -> bool:
     return bool(getattr(args, "fsdp", None) or getattr(args, "deepspeed", None) or _splitting())
 
 
-def refuse_sharding() -> None:
-    """Raises ValueError under configurations of accelerate that split the model."""
+def refuse_several(what: str, instead: str) -> None:
+    """Raises ValueError where this is one of several processes."""
+    world = position()[1]
+    if world > 1:
+        raise ValueError(f"{what} runs in one process, got {world}: {instead}.")
+
+
+def refuse_sharding(allowed: str | None = None) -> None:
+    """Raises ValueError under configurations of accelerate that split the model, but for an allowed one."""
     what = _splitting()
-    if what is not None:
+    if what is not None and what != allowed:
         raise ValueError(
             f"sparseopt train keeps the whole model on every GPU and does not run under {what}: launch it with torchrun "
             "or configs/accelerate/ddp.yaml, or use attach() in a script of your own for FSDP2."
