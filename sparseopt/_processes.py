@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
+from collections.abc import Callable, Iterator
 
-__all__ = ["is_first", "own_device", "position"]
+__all__ = ["is_first", "launch_group", "own_device", "position", "refuse_several"]
 
 
 def position() -> tuple[int, int]:
@@ -33,3 +36,26 @@ def own_device(asked: str) -> str:
     index = _number("LOCAL_RANK", 0)
     torch.cuda.set_device(index)
     return f"cuda:{index}"
+
+
+def refuse_several(what: str, instead: str) -> None:
+    """Raises ValueError where this is one of several processes."""
+    world = position()[1]
+    if world > 1:
+        raise ValueError(f"{what} runs in one process, got {world}: {instead}.")
+
+
+@contextlib.contextmanager
+def launch_group() -> Iterator[Callable[[], object]]:
+    """The group of the processes that a launcher started; yields a function that waits for all of them."""
+    import torch.distributed as dist
+
+    ours = not dist.is_initialized()
+    if ours:
+        # Only waiting is to be done, on the CPU; a process may have days more to do than another.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    try:
+        yield dist.barrier
+    finally:
+        if ours:
+            dist.destroy_process_group()

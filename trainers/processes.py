@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from sparseopt._processes import is_first, own_device, position
+from sparseopt._processes import is_first, own_device, refuse_several
 
 __all__ = ["Anyone", "is_first", "own_device", "refuse_several", "refuse_sharding", "several", "splits_model", "wait"]
 
@@ -66,13 +66,6 @@ def splits_model(args: Any) -> bool:
     transformers' own settings say so in ``args``; a configuration of accelerate does not.
     """
     return bool(getattr(args, "fsdp", None) or getattr(args, "deepspeed", None) or _splitting())
-
-
-def refuse_several(what: str, instead: str) -> None:
-    """Raises ValueError where this is one of several processes."""
-    world = position()[1]
-    if world > 1:
-        raise ValueError(f"{what} runs in one process, got {world}: {instead}.")
 
 
 def refuse_sharding(allowed: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""``sparseopt train sft|grpo|lm`` on two processes: one run folder, stopped by a signal to one process, resumed."""
+"""``sparseopt train sft|grpo|lm`` on two processes of ``accelerate launch``: one folder, stopped by one signal, resumed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sparseopt import config, models, schemas
 from sparseopt.trainers import chain, lm, sft
 
 KIT = Path(__file__).parents[1] / "kit"
+CPU = Path(__file__).parents[2] / "configs" / "accelerate" / "cpu.yaml"
 METHODS = ("sft", "grpo", "lm")
 
 
@@ -82,7 +83,7 @@ def done(base: Path) -> tuple[list[list[int]], subprocess.CompletedProcess[str]]
         commands += [[words(base, method, f"{method}_straight"), 0], [words(base, method, cut), 2]]
         # "2": what ids of runs, which are dates, begin with
         commands += [[words(base, method, cut, "--resume", *(["2"] if method == "lm" else [])), 0]]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CPU), "--main_process_port", "0"]
     script = [str(KIT / "training_commands.py"), str(base), json.dumps(commands)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
