@@ -79,7 +79,7 @@ def share_reference(trainer: Trainer, beta: float | None = None) -> None:
     if getattr(owner, "is_fsdp_enabled", False):
         raise ValueError(
             "share_reference() swaps weights of the whole model, which FSDP splits: leave it out, and TRL splits a reference "
-            "model of its own in the same way; or let DPOConfig(precompute_ref_log_probs=True) measure the reference first."
+            "model of its own; or let DPOConfig(precompute_ref_log_probs=True) measure the reference first."
         )
     held = getattr(owner, "ref_model", None)
     if isinstance(held, ReferenceBySwap):
