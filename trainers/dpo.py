@@ -187,11 +187,13 @@ def _reference_once(pairs: list[dict[str, Any]]) -> type[DPOTrainer]:
                 for key, values in columns.items():
                     dataset = dataset.add_column(key, values)
                 return dataset
-            with Progress("reference", len(pairs), unit="pair") as progress:
-                chosen, rejected = evaluate.sequence_logps(
-                    model, tokenizer, pairs, batch_size,
+            own = processes.share_of(pairs)
+            with Progress("reference", len(own), unit="pair") as progress:
+                measured = evaluate.sequence_logps(
+                    model, tokenizer, own, batch_size,
                     progress=lambda done, total: progress.update(completed=done),
                 )  # fmt: skip
+            chosen, rejected = processes.put_together(torch.stack(measured), len(pairs))
             with_chosen = dataset.add_column("ref_chosen_logps", chosen.tolist())
             return with_chosen.add_column("ref_rejected_logps", rejected.tolist())
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 
 from sparseopt._processes import is_first, own_device, refuse_several
 
-__all__ = ["Anyone", "is_first", "own_device", "refuse_several", "refuse_sharding", "several", "splits_model", "wait"]
+__all__ = ["Anyone", "is_first", "own_device", "put_together", "refuse_several", "refuse_sharding", "several", "share_of",
+           "splits_model", "wait"]  # fmt: skip
+
+T = TypeVar("T")
 
 # What accelerate sets where it splits the model over the processes.
 SPLITTING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed ZeRO"}
@@ -25,6 +29,25 @@ def wait() -> None:
     """Until every process is here."""
     if several():
         dist.barrier()
+
+
+def share_of(items: Sequence[T]) -> Sequence[T]:
+    """The items that this process is to work on: every n-th, or all of them where there are fewer than processes."""
+    if not several() or len(items) < dist.get_world_size():
+        return items
+    return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def put_together(own: torch.Tensor, count: int) -> torch.Tensor:
+    """What all processes found for their :func:`share_of` ``count`` items: [..., own items] -> [..., count], on the CPU."""
+    if own.shape[-1] == count:
+        return own
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own.cpu())
+    whole = parts[0].new_empty(*own.shape[:-1], count)
+    for rank, part in enumerate(parts):
+        whole[..., rank :: len(parts)] = part
+    return whole
 
 
 class Anyone:

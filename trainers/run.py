@@ -268,7 +268,7 @@ class Run(abc.ABC):
         if processes.is_first():
             masks.save(kept)
         processes.wait()
-        return masks if processes.is_first() else so.MaskSet.load(kept)  # each may have seen gradients of other samples
+        return masks if processes.is_first() else so.MaskSet.load(kept)
 
     def _say_dense(self, trainer: Trainer) -> None:
         model: Any = trainer.model

@@ -16,7 +16,7 @@ from lm_training import settings_of
 
 import sparseopt as so
 from sparseopt import config, models, schemas
-from sparseopt.trainers import chain, lm, sft
+from sparseopt.trainers import chain, dpo, lm, sft
 
 KIT = Path(__file__).parents[1] / "kit"
 CPU = Path(__file__).parents[2] / "configs" / "accelerate" / "cpu.yaml"
@@ -57,6 +57,7 @@ def settings(base: Path, method: str, name: str, **changes: Any) -> list[str]:
             "training.num_generations": 4, "training.max_completion_length": 5, "training.beta": 0.1,
             "rewards.functions": f"[{base / 'ours.py'}:w1, answer]", "delta_log.schedule": "none",
         },
+        "dpo": {},
     }  # fmt: skip
     return [f"{key}={value}" for key, value in {**values, **own[method]}.items()]
 
@@ -74,6 +75,36 @@ def words(base: Path, method: str, name: str, *more: str) -> list[str]:
     return ["train", method, "--set", *settings(base, method, name), "--json", *more]
 
 
+def scored_words(base: Path, name: str) -> list[str]:
+    """A run whose mask is found from the gradients of two batches on each process."""
+    changes = {
+        "mask.path": "null",
+        "mask.method": "gradient",
+        "mask.batches": 2,
+        "mask.sparsity": 0.9,
+        "training.n_steps": 1,
+    }
+    return ["train", "sft", "--set", *settings(base, "sft", name, **changes), "--json"]
+
+
+def dense_dpo(base: Path, name: str, max_length: int, **changes: Any) -> list[str]:
+    """Every weight, with the reference measured before: by us, or by TRL where pairs are cut to ``max_length``."""
+    pairs = base / "pairs.jsonl"
+    if not pairs.is_file():
+        rows = [json.loads(line) for line in (base / "rows.jsonl").read_text().splitlines()]
+        made = [{"prompt": f"{r['prompt']} w1", "chosen": r["completion"], "rejected": " w2 w2"} for r in rows]
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in made))
+    values = {
+        "data.name": pairs,
+        "mask.path": "null",
+        "training.n_steps": 2,
+        "optimizer.learning_rate": 1e-3,
+        **changes,
+    }
+    own = {"training.max_length": max_length, "evaluation.n_generate": 0, "delta_log.schedule": "none"}
+    return [*settings(base, "dpo", name, **values), *(f"{key}={value}" for key, value in own.items())]
+
+
 @pytest.fixture(scope="module")
 def done(base: Path) -> tuple[list[list[int]], subprocess.CompletedProcess[str]]:
     """Every method: a run, one that a signal to the second process stops after two steps, and its continuation."""
@@ -83,6 +114,10 @@ def done(base: Path) -> tuple[list[list[int]], subprocess.CompletedProcess[str]]
         commands += [[words(base, method, f"{method}_straight"), 0], [words(base, method, cut), 2]]
         # "2": what ids of runs, which are dates, begin with
         commands += [[words(base, method, cut, "--resume", *(["2"] if method == "lm" else [])), 0]]
+    commands.append([scored_words(base, "sft_scored"), 0])
+    commands += [
+        [["train", "dpo", "--set", *dense_dpo(base, f"dpo_{length}", length), "--json"], 0] for length in (32, 5)
+    ]
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CPU), "--main_process_port", "0"]
     script = [str(KIT / "training_commands.py"), str(base), json.dumps(commands)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -109,9 +144,9 @@ def outcome(base: Path, name: str) -> bytes:
 @pytest.mark.slow
 def test_exit_codes_and_what_is_printed(done: Any) -> None:
     codes, finished = done
-    assert codes == [[0, 130, 0] * len(METHODS)] * 2, finished.stderr[-4000:]
-    assert finished.stdout.count('"output_dir"') == 2 * len(METHODS)
-    assert finished.stderr.count("Device: ") == 3 * len(METHODS)
+    assert codes == [[*[0, 130, 0] * len(METHODS), 0, 0, 0]] * 2, finished.stderr[-4000:]
+    assert finished.stdout.count('"output_dir"') == 2 * len(METHODS) + 3
+    assert finished.stderr.count("Device: ") == 3 * len(METHODS) + 3
     assert finished.stderr.count("Training 1,756 of") == 3 * 2
 
 
@@ -132,6 +167,30 @@ def test_sft_equals_one_process_on_the_whole_batch(done: Any, base: Path) -> Non
         so.MaskSet.load(base / name / "grad_acc" / "grad_mask_step_4.safetensors") for name in ("sft_alone", "sft_cut")
     ]
     assert so.compare(*masks)["jaccard"] > 0.999
+
+
+@pytest.mark.slow
+def test_the_mask_comes_from_the_batches_of_all_processes(done: Any, base: Path) -> None:
+    values = [w.replace("mask.batches=2", "mask.batches=4") for w in scored_words(base, "sft_scored_alone") if "=" in w]
+    alone, found = (
+        so.MaskSet.load(folder / "mask.safetensors")
+        for folder in (sft.run(config.load(schemas.METHODS["sft"], None, values)), base / "sft_scored")
+    )
+    assert so.compare(alone, found)["jaccard"] > 0.999
+    assert alone.metadata["batches"] == found.metadata["batches"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [32, 5])
+def test_the_reference_is_measured_by_all_processes(done: Any, base: Path, length: int) -> None:
+    values = dense_dpo(base, f"dpo_{length}_alone", length, **{"training.batch_size": 4})
+    folder = dpo.run(config.load(schemas.METHODS["dpo"], None, values))
+    alone, found = (
+        dict(models.load_model(str(f / "model")).named_parameters()) for f in (folder, base / f"dpo_{length}")
+    )
+    for name, value in alone.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=5e-6)
+    assert not list((base / f"dpo_{length}").glob(".*"))
 
 
 @pytest.mark.slow
