@@ -151,6 +151,11 @@ class LmRun:
         settings, began = self.settings, time.monotonic()
         own = lm_checkpoints.newest(self.folder)  # a run that goes on; every process sees the same
         states = lm_checkpoints.states_of(own) if own else self.states
+        if own and states and (before := lm_checkpoints.processes_of(states)) != arguments.world_size:
+            raise ValueError(
+                f"The run {run_id} began with {before} process{'es' * (before > 1)}, which decides what a step is, now "
+                f"{arguments.world_size}: go on with as many."
+            )
         tokenizer, tokenizer_name = lm_model.load_tokenizer(settings["model"])
         with self._quiet():
             data, held_out = lm_data.load_blocks(

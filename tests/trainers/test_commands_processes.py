@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -211,6 +212,20 @@ def test_every_file_is_written_once(done: Any, base: Path) -> None:
         (log,) = (base / name).glob("*/log.jsonl")
         steps_of_evaluation = [e["step"] for e in map(json.loads, log.read_text().splitlines()) if "eval_loss" in e]
         assert steps_of_evaluation == sorted(set(steps_of_evaluation))
+
+
+@pytest.mark.slow
+def test_lm_goes_on_with_as_many_processes(done: Any, base: Path) -> None:
+    """What the second command left, before the third went on: here in one process."""
+    (run,) = (base / "lm_cut").glob("*/run.json")
+    shutil.copytree(base / "lm_cut", base / "lm_again")
+    (again,) = (base / "lm_again").glob("*/run.json")
+    again.write_text(run.read_text().replace('"finished"', '"crashed"'))
+    source = lm.RunManager(base / "lm_again").get_run_config(run.parent.name)
+    with pytest.raises(
+        ValueError, match="began with 2 processes, which decides what a step is, now 1: go on with as many"
+    ):
+        lm.train(*config.load_open(schemas.LM, source, []), base / "lm_again", resume=run.parent.name)
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------------
