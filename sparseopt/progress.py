@@ -1,5 +1,7 @@
 """Progress of long work, always on stderr: a bar on a terminal, a plain line every few seconds elsewhere.
 
+Of several processes that a launcher started, the first one shows its own.
+
 with Progress("train", total=100, unit="step") as progress:
     for batch in batches:
         progress.update(loss=train(batch))
@@ -12,6 +14,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+from sparseopt._processes import is_first
 
 if TYPE_CHECKING:
     import torch
@@ -84,11 +88,12 @@ class Progress:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Progress:
-        self._stream = self._stream or sys.stderr
+        # Of several processes the first one shows what it does.
+        self._stream = (self._stream or sys.stderr) if is_first() else None
         self._start = time.monotonic()
         # Some libraries announce their own start right away; the first plain line comes with the first unit done.
         self._last_line = self._start - self._interval
-        if is_terminal(self._stream):
+        if self._stream is not None and is_terminal(self._stream):
             self._open_bar(self._stream)
         return self
 
@@ -113,6 +118,8 @@ class Progress:
             else:
                 Progress._live.remove_task(self._task)
             self._task = None
+            return
+        if self._stream is None:
             return
         word = "done" if kind is None else "stopped"
         self._print_line(f"{self._count()} {word} in {format_seconds(elapsed)}{self._rate_text()}{self._values_text()}")
@@ -224,5 +231,7 @@ def announce_device(device: str | torch.device = "auto") -> torch.device:
     elif resolved.type == "cpu":
         name = f"cpu ({torch.get_num_threads()} threads)"
     why = "" if asked != "auto" else ", chosen automatically" if resolved.type == "cuda" else ", no CUDA device found"
-    print(f"Device: {name}{why}; kernels: {_backend.selection(resolved).backend}", file=sys.stderr, flush=True)
+    kernels = _backend.selection(resolved).backend  # an error on every process, if it is one
+    if is_first():
+        print(f"Device: {name}{why}; kernels: {kernels}", file=sys.stderr, flush=True)
     return resolved

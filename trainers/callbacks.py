@@ -24,6 +24,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from sparseopt._files import atomic_write
 from sparseopt.progress import Progress
+from sparseopt.trainers.processes import Anyone, is_first, several
 
 __all__ = ["HasBar", "InterruptGuard", "MetricsFile", "NextEntry", "StepTimer", "TrainProgress", "add_to_entry",
            "calling", "come_first", "quantiles"]  # fmt: skip
@@ -115,13 +116,16 @@ class InterruptGuard(TrainerCallback):
     """First Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. Second: stop at once.
 
     A context manager around ``trainer.train()``; afterwards ``interrupted`` says whether it happened. After the last step
-    nothing is saved: that is for the caller.
+    nothing is saved: that is for the caller. Several processes stop after the same step, whichever of them got the signal.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    ECHO = 3.0  # seconds in which a launcher may pass on what this process has got already
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self._signalled = self._agreed = False
+        self._anyone = Anyone()
+        self._when = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> InterruptGuard:
@@ -135,14 +139,27 @@ class InterruptGuard(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether training is to stop; of several processes, what :meth:`agree` found."""
+        return self._agreed if several() else self._signalled
+
+    def agree(self, device: torch.device) -> None:
+        """After a step: every process learns whether one got a signal."""
+        self._agreed |= self._anyone.ask(self._signalled, device)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
+        if self._signalled:
+            if several() and time.monotonic() - self._when < self.ECHO:
+                return
             raise KeyboardInterrupt
-        self.interrupted = True
-        # os.write: a signal may arrive amid a print, which must not be entered twice.
-        os.write(2, b"\nStopping after this step, with a checkpoint; once more to stop at once.\n")
+        self._signalled, self._when = True, time.monotonic()
+        if is_first():
+            # os.write: a signal may arrive amid a print, which must not be entered twice.
+            os.write(2, b"\nStopping after this step, with a checkpoint; once more to stop at once.\n")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.agree(args.device)
         if state.global_step >= state.max_steps:
             # Done: the caller keeps the outcome. transformers would train a step more when it resumes from here.
             control.should_save = False

@@ -34,7 +34,7 @@ from sparseopt.deltas.reconstruct import write_checkpoint
 from sparseopt.masks.gradient_stats import save_gradient_stats
 from sparseopt.masks.granularity import granularity_of
 from sparseopt.progress import announce_device
-from sparseopt.trainers import dpo, grpo
+from sparseopt.trainers import dpo, grpo, processes
 from sparseopt.trainers.bookkeeping import versions
 from sparseopt.trainers.chain_report import write_chain_report
 from sparseopt.trainers.run import say
@@ -62,6 +62,9 @@ class Chain:
     """The stages, their settings and where they write."""
 
     def __init__(self, config: Config) -> None:
+        processes.refuse_several(
+            "sparseopt train chain", "run its stages one by one (train dpo, masks find, train dpo --mask)"
+        )
         self.config, self.settings = config, config["chain"]
         self.folder = Path(self.settings["dir"])
         self.record = self.folder / "chain.json"

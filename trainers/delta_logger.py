@@ -15,6 +15,7 @@ from sparseopt.deltas.log import DeltaLog
 from sparseopt.deltas.statistics import AGGREGATES
 from sparseopt.optim.sparse_adamw import SparseAdamW
 from sparseopt.trainers.callbacks import add_to_entry, come_first
+from sparseopt.trainers.processes import splits_model
 
 __all__ = ["DeltaLogger", "Schedule", "parse_schedule", "sparse_of"]
 
@@ -171,10 +172,10 @@ class DeltaLogger(TrainerCallback):
     # ---- what the trainer calls ------------------------------------------------------------------------------------------
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        model: Any = None, **kw: Any) -> None:  # fmt: skip
+        if splits_model(args):  # on every process: else the others would wait for the one that stopped
+            raise ValueError("DeltaLogger cannot log sharded weights: train on one GPU or with DDP.")
         if not state.is_world_process_zero:
             return
-        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-            raise ValueError("DeltaLogger cannot log sharded weights: train on one GPU or with DDP.")
         come_first(self)
         if self._active:  # an earlier training of this trainer ended in an error
             self.close()

@@ -7,8 +7,10 @@ The run folder is described in :mod:`sparseopt.trainers.run`.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from sparseopt import data, evaluate
 from sparseopt.progress import Progress
+from sparseopt.trainers import processes
 from sparseopt.trainers.reference import share_reference
 from sparseopt.trainers.run import Config, Run
 
@@ -178,13 +181,37 @@ def _reference_once(pairs: list[dict[str, Any]]) -> type[DPOTrainer]:
             tokens = [evaluate.tokenize_pair(tokenizer, pair) for pair in pairs]
             longest = max(len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in tokens)
             if len(dataset) != len(pairs) or longest > (limit or longest):
-                return super()._precompute_ref_logps(dataset, name, batch_size)
-            with Progress("reference", len(pairs), unit="pair") as progress:
-                chosen, rejected = evaluate.sequence_logps(
-                    model, tokenizer, pairs, batch_size,
+                with _readable_by_all(dataset, Path(cast(str, self.args.output_dir)) / ".reference.tmp") as readable:
+                    measured = super()._precompute_ref_logps(readable, name, batch_size)
+                    columns = {key: list(measured[key]) for key in ("ref_chosen_logps", "ref_rejected_logps")}
+                for key, values in columns.items():
+                    dataset = dataset.add_column(key, values)
+                return dataset
+            own = processes.share_of(pairs)
+            with Progress("reference", len(own), unit="pair") as progress:
+                measured = evaluate.sequence_logps(
+                    model, tokenizer, own, batch_size,
                     progress=lambda done, total: progress.update(completed=done),
                 )  # fmt: skip
+            chosen, rejected = processes.put_together(torch.stack(measured), len(pairs))
             with_chosen = dataset.add_column("ref_chosen_logps", chosen.tolist())
             return with_chosen.add_column("ref_rejected_logps", rejected.tolist())
 
     return ReferenceOnce
+
+
+@contextlib.contextmanager
+def _readable_by_all(dataset: Any, folder: Path) -> Iterator[Any]:
+    """The dataset, of several processes one in files: there the first one leaves the others what TRL measures."""
+    from datasets import load_from_disk
+
+    if not processes.several():
+        yield dataset
+        return
+    if processes.is_first():
+        dataset.save_to_disk(folder)
+    processes.wait()
+    yield load_from_disk(folder)
+    processes.wait()
+    if processes.is_first():
+        shutil.rmtree(folder)

@@ -18,6 +18,7 @@ from sparseopt.optim.sparse_adamw import SparseAdamW
 from sparseopt.trainers.attachment import attach
 from sparseopt.trainers.callbacks import NextEntry, come_first
 from sparseopt.trainers.delta_logger import sparse_of
+from sparseopt.trainers.processes import splits_model
 
 __all__ = ["DynamicSparsity"]
 
@@ -118,7 +119,7 @@ class DynamicSparsity(NextEntry):
     # ---- what the trainer calls ------------------------------------------------------------------------------------------
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        model: Any = None, optimizer: Any = None, **kw: Any) -> None:  # fmt: skip
-        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+        if splits_model(args):
             raise ValueError("DynamicSparsity cannot change masks of sharded weights: train on one GPU or with DDP.")
         sparse = sparse_of(optimizer)
         if sparse is None:

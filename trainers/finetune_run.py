@@ -23,7 +23,7 @@ from sparseopt.masks.maskset import MaskSet
 from sparseopt.models import sanitize_name
 from sparseopt.optim.dynamic.policy import Plan
 from sparseopt.progress import announce_device
-from sparseopt.trainers import finetune_data, finetune_model
+from sparseopt.trainers import finetune_data, finetune_model, processes
 from sparseopt.trainers.attachment import sparse_optimizer
 from sparseopt.trainers.bookkeeping import tracking, versions
 from sparseopt.trainers.callbacks import InterruptGuard, MetricsFile, StepTimer, TrainProgress
@@ -58,10 +58,9 @@ class FinetuneRun:
 
     def __init__(self, settings: FinetuneSettings) -> None:
         self.settings = settings
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                "sparse_finetune runs in one process: for several GPUs use the callback DynamicSparsity in your own script."
-            )
+        processes.refuse_several(
+            "sparse_finetune", "for several GPUs use the callback DynamicSparsity in your own script"
+        )
         path = Path(settings.output_dir)
         self.folder = FinetuneFolder(path, settings.record())
         foreign = [name for name in ("config.json", "model.safetensors") if (path / name).exists()]

@@ -37,7 +37,7 @@ from sparseopt._files import atomic_folder, clear_leftovers
 from sparseopt.progress import announce_device
 from sparseopt.runs._worker import worker_lock
 from sparseopt.runs.registry import RUN_ID_VARIABLE, RunManager
-from sparseopt.trainers import lm_checkpoints, lm_data, lm_model, lm_settings
+from sparseopt.trainers import lm_checkpoints, lm_data, lm_model, lm_settings, processes
 from sparseopt.trainers.attachment import attach
 from sparseopt.trainers.bookkeeping import tracking
 from sparseopt.trainers.callbacks import InterruptGuard, MetricsFile, TrainProgress
@@ -76,6 +76,7 @@ class LmRun:
 
     def __init__(self, settings: Config, given: dict[str, Any], manager: RunManager, resume: str | None) -> None:
         self.settings, self.given, self.manager = settings, given, manager
+        processes.refuse_sharding(allowed="DeepSpeed ZeRO")
         lm_settings.check(settings)
         self.sources = lm_data.find_sources(settings["data"])
         checkpoint = settings["run"]["checkpoint"]
@@ -86,7 +87,7 @@ class LmRun:
         training = settings["training"]
         self.micro, pieces = lm_settings.split_batch(training["batch_size"], training["max_gpu_batch_size"])
         self.accumulation = pieces * training["gradient_accumulation_steps"]
-        self.first = int(os.environ.get("RANK", "0")) == 0
+        self.first = processes.is_first()
 
     def execute(self) -> Path:
         if not sys.stderr.isatty():
@@ -150,6 +151,11 @@ class LmRun:
         settings, began = self.settings, time.monotonic()
         own = lm_checkpoints.newest(self.folder)  # a run that goes on; every process sees the same
         states = lm_checkpoints.states_of(own) if own else self.states
+        if own and states and (before := lm_checkpoints.processes_of(states)) != arguments.world_size:
+            raise ValueError(
+                f"The run {run_id} began with {before} process{'es' * (before > 1)}, which decides what a step is, now "
+                f"{arguments.world_size}: go on with as many."
+            )
         tokenizer, tokenizer_name = lm_model.load_tokenizer(settings["model"])
         with self._quiet():
             data, held_out = lm_data.load_blocks(
@@ -184,6 +190,7 @@ class LmRun:
                     progress.close(error)
                     raise
                 if guard.interrupted and trainer.state.global_step < trainer.state.max_steps:
+                    barrier()  # launchers end all processes with the one that ends first
                     raise KeyboardInterrupt
                 trainer.write(self.folder / lm_checkpoints.FINAL)
         self._report(run_id, trainer.state, time.monotonic() - began)

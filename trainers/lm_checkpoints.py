@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["FINAL", "STATES", "newest", "retain", "states_of", "steps_of"]
+__all__ = ["FINAL", "STATES", "newest", "processes_of", "retain", "states_of", "steps_of"]
 
 FINAL, STATES, STATE = "final_checkpoint", "accelerator_states", "trainer_state.json"
 
@@ -48,6 +48,11 @@ def states_of(checkpoint: Path) -> Path:
             "weights, name it as model.name with model.pretrained."
         )
     return checkpoint / STATES
+
+
+def processes_of(states: Path) -> int:
+    """How many processes wrote a checkpoint: each keeps its random state."""
+    return max(1, len(list(states.glob("rng_state_*.pth"))))
 
 
 def retain(

@@ -216,6 +216,7 @@ class Flow(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         trainer, step = self._trainer, state.global_step
+        trainer.guard.agree(args.device)
         every = trainer.layout.save_steps
         # Of the last step there is the final checkpoint, and one of its own only where the interval says so.
         control.should_save = bool(every and step % every == 0)

@@ -18,6 +18,7 @@ from sparseopt.masks.collect import GradientEMA, check_tolerances
 from sparseopt.trainers.accumulation_files import AccumulationFiles
 from sparseopt.trainers.callbacks import NextEntry, calling, come_first
 from sparseopt.trainers.delta_logger import sparse_of
+from sparseopt.trainers.processes import splits_model
 
 __all__ = ["MaskCollector", "collector_of"]
 
@@ -130,6 +131,8 @@ class MaskCollector(NextEntry):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        model: Any = None, optimizer: Any = None, **kw: Any) -> None:  # fmt: skip
         self.close()  # an earlier training of this trainer may have ended in an error
+        if splits_model(args):
+            raise ValueError("MaskCollector cannot collect sharded gradients: train on one GPU or with DDP.")
         sparse = sparse_of(optimizer)
         if sparse is not None and sparse.captures and args.world_size > 1:
             raise ValueError(
@@ -138,8 +141,6 @@ class MaskCollector(NextEntry):
             )
         if not state.is_world_process_zero:
             return
-        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-            raise ValueError("MaskCollector cannot collect sharded gradients: train on one GPU or with DDP.")
         come_first(self)
         self.ema = GradientEMA(model, **self._options)
         if self.base_model is None:

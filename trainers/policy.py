@@ -132,7 +132,7 @@ def find_masks(config: Config, trainer: Trainer, model: PreTrainedModel) -> so.M
                 "of completions had different rewards); give more mask.batches, an easier task, or a mask file."
             )
         scores.update(measured)
-        found["batches"] = settings["batches"]
+        found["batches"] = settings["batches"] * trainer.args.world_size
     else:
         generator = torch.Generator().manual_seed(config["training"]["seed"])
         scores = {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}

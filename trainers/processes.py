@@ -1,40 +1,101 @@
-"""Training commands on several processes, as ``torchrun`` and ``accelerate launch`` start them."""
+"""Training on several processes, as ``torchrun`` and ``accelerate launch`` start them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 
-__all__ = ["is_first", "own_device", "refuse_sharding", "wait"]
+from sparseopt._processes import is_first, own_device, refuse_several
+
+__all__ = ["Anyone", "is_first", "own_device", "put_together", "refuse_several", "refuse_sharding", "several", "share_of",
+           "splits_model", "wait"]  # fmt: skip
+
+T = TypeVar("T")
+
+# What accelerate sets where it splits the model over the processes.
+SPLITTING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed ZeRO"}
 
 
-def is_first() -> bool:
-    """Whether this process writes files and talks: rank 0, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def own_device(asked: str) -> str:
-    """The GPU of this process where there are several processes and ``asked`` is any GPU, else what was asked for."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or asked not in ("auto", "cuda") or not torch.cuda.is_available():
-        return asked
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    torch.cuda.set_device(index)
-    return f"cuda:{index}"
+def several() -> bool:
+    """Whether this process trains with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def wait() -> None:
     """Until every process is here."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several():
         dist.barrier()
 
 
-def refuse_sharding() -> None:
-    """Raises ValueError under configurations of accelerate that split the model."""
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed ZeRO")):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise ValueError(
-                f"sparseopt train keeps the whole model on every GPU and does not run under {name}: launch it with torchrun "
-                "or configs/accelerate/ddp.yaml, or use attach() in a script of your own for FSDP2."
-            )
+def share_of(items: Sequence[T]) -> Sequence[T]:
+    """The items that this process is to work on: every n-th, or all of them where there are fewer than processes."""
+    if not several() or len(items) < dist.get_world_size():
+        return items
+    return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def put_together(own: torch.Tensor, count: int) -> torch.Tensor:
+    """What all processes found for their :func:`share_of` ``count`` items: [..., own items] -> [..., count], on the CPU."""
+    if own.shape[-1] == count:
+        return own
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own.cpu())
+    whole = parts[0].new_empty(*own.shape[:-1], count)
+    for rank, part in enumerate(parts):
+        whole[..., rank :: len(parts)] = part
+    return whole
+
+
+class Anyone:
+    """Whether something was the case on any process: every process learns the same, and no GPU waits for it.
+
+    On GPUs the answer is that of the question before, which is known by then without stopping the host.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def ask(self, here: bool, device: torch.device) -> bool:
+        """Every process asks equally often, with what is the case on it."""
+        if not several():
+            return here
+        flag = torch.tensor(int(here), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if device.type != "cuda":
+            return bool(flag)
+        before, event = self._before, torch.cuda.Event()
+        host = torch.empty((), dtype=flag.dtype, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        event.record()
+        self._before = host, event
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0])
+
+
+def _splitting() -> str | None:
+    """What splits the model in this environment."""
+    return next((what for name, what in SPLITTING.items() if os.environ.get(name, "").lower() in ("1", "true")), None)
+
+
+def splits_model(args: Any) -> bool:
+    """Whether a trainer with these arguments splits weights over processes.
+
+    transformers' own settings say so in ``args``; a configuration of accelerate does not.
+    """
+    return bool(getattr(args, "fsdp", None) or getattr(args, "deepspeed", None) or _splitting())
+
+
+def refuse_sharding(allowed: str | None = None) -> None:
+    """Raises ValueError under configurations of accelerate that split the model, but for an allowed one."""
+    what = _splitting()
+    if what is not None and what != allowed:
+        raise ValueError(
+            f"sparseopt train keeps the whole model on every GPU and does not run under {what}: launch it with torchrun "
+            "or configs/accelerate/ddp.yaml, or use attach() in a script of your own for FSDP2."
+        )

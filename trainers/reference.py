@@ -62,7 +62,7 @@ class _KeepBase(TrainerCallback):
 def share_reference(trainer: Trainer, beta: float | None = None) -> None:
     """Makes a TRL trainer that :func:`sparseopt.attach` was called on use its own weights as the reference.
 
-    A reference model that the trainer holds is dropped, which frees its memory. For a
+    A reference model that the trainer holds is dropped, which frees its memory. On one GPU or under DDP, for a
     :class:`trl.DPOTrainer` made with ``precompute_ref_log_probs=False`` and a :class:`trl.GRPOTrainer`.
 
     Args:
@@ -71,10 +71,16 @@ def share_reference(trainer: Trainer, beta: float | None = None) -> None:
             with then. None: the trainer's own.
 
     Raises:
-        ValueError: the trainer is of another kind, or its reference model is not bit-identical to the policy.
+        ValueError: the trainer is of another kind or runs under FSDP, or its reference model is not bit-identical to the
+            policy.
     """
     owner: Any = trainer
     model: Any = trainer.model
+    if getattr(owner, "is_fsdp_enabled", False):
+        raise ValueError(
+            "share_reference() swaps weights of the whole model, which FSDP splits: leave it out, and TRL splits a reference "
+            "model of its own; or let DPOConfig(precompute_ref_log_probs=True) measure the reference first."
+        )
     held = getattr(owner, "ref_model", None)
     if isinstance(held, ReferenceBySwap):
         return

@@ -237,6 +237,7 @@ class Run(abc.ABC):
             raise
         state = trainer.state
         if guard.interrupted and state.global_step < state.max_steps:
+            processes.wait()  # for the first one, which writes: launchers end all processes with the one that ends first
             say(f"A checkpoint was saved after step {state.global_step} of {state.max_steps}.")
             raise KeyboardInterrupt
         changed = [] if masks is None else _changed(frozen, policy.frozen_digest(self.model, masks))
@@ -267,7 +268,7 @@ class Run(abc.ABC):
         if processes.is_first():
             masks.save(kept)
         processes.wait()
-        return masks if processes.is_first() else so.MaskSet.load(kept)  # each may have seen gradients of other samples
+        return masks if processes.is_first() else so.MaskSet.load(kept)
 
     def _say_dense(self, trainer: Trainer) -> None:
         model: Any = trainer.model

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sparseopt._files import atomic_write, clear_leftovers
+from sparseopt._processes import position
 
 __all__ = ["RunFolder"]
 
 Config = dict[str, dict[str, Any]]
+PROCESSES = "processes"  # in the record, where there were several
 
 
 class RunFolder:
@@ -60,7 +62,14 @@ class RunFolder:
             raise ValueError(
                 f"The run in {str(path)!r} is finished, there is nothing to resume: see its {self.REPORT}."
             )
-        _require_same(json.loads(self.record.read_text()), self._settings, path)
+        earlier = json.loads(self.record.read_text())
+        _require_same(earlier, self._settings, path)
+        began, now = earlier.get(PROCESSES, 1), position()[1]
+        if began != now and not trained:
+            raise ValueError(
+                f"the run in {str(path)!r} began with {_several(began)}, which decides what a step is, now {_several(now)}: "
+                "resume with as many."
+            )
         self.checkpoint, self.trained = newest, trained
 
     @property
@@ -86,7 +95,9 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for step in _checkpoints(self.path):
             shutil.rmtree(self.path / f"checkpoint-{step}")
-        atomic_write(self.record, json.dumps(self._settings, indent=2))
+        world = position()[1]
+        several = {PROCESSES: world} if world > 1 else {}
+        atomic_write(self.record, json.dumps({**self._settings, **several}, indent=2))
 
     def drop_checkpoints(self, keep: int = 0) -> None:
         """Removes all but the newest ``keep`` checkpoints (-1: none) of a finished run, whose outcome is kept apart."""
@@ -97,6 +108,10 @@ class RunFolder:
     def drop_outcome(self) -> None:
         """Removes the trained model of a full training that was told not to save it."""
         shutil.rmtree(self.path / "model", ignore_errors=True)
+
+
+def _several(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _comparable(config: Config) -> Config:

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from transformers import Trainer
 
 from sparseopt.masks.find import matches
 from sparseopt.progress import Progress
+from sparseopt.trainers.processes import several
 
 __all__ = ["gradient_scores", "scored_parameters"]
 
@@ -33,8 +35,10 @@ def gradient_scores(
         include, exclude: patterns as in :func:`sparseopt.find_masks`; other parameters need no score and get none
             (their gradients are not computed).
 
+    Of several processes every one must call it; each scores batches of its own.
+
     Returns:
-        name -> fp32 sum of squared gradients, of the parameter's shape, on its device.
+        name -> fp32 sum of squared gradients, of the parameter's shape, on its device; over all processes, the same on each.
     """
     if batches < 1:
         raise ValueError(f"scoring needs at least 1 batch, got {batches}.")
@@ -88,6 +92,9 @@ def gradient_scores(
             trainer._total_train_tokens = tokens  # type: ignore[attr-defined]
         if hasattr(trainer, "_buffered_inputs"):
             trainer._buffered_inputs = None  # GRPO's completions: training generates its own
+    if several():
+        for score in scores.values():
+            dist.all_reduce(score)
     return scores
 
 

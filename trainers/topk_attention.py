@@ -11,6 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 from sparseopt.topk_attention import TopKHeads, check_ratio
 from sparseopt.trainers.callbacks import NextEntry, come_first
+from sparseopt.trainers.processes import splits_model
 
 __all__ = ["TopKAttention"]
 
@@ -91,7 +92,7 @@ class TopKAttention(NextEntry, ExportableState):
     # ---- what the trainer calls ------------------------------------------------------------------------------------------
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        model: Any = None, **kw: Any) -> None:  # fmt: skip
-        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None) or args.n_gpu > 1:
+        if splits_model(args) or args.n_gpu > 1:
             raise ValueError(
                 "TopKAttention works on one GPU or with DDP (one process a GPU), not with sharding or DataParallel."
             )

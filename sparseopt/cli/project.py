@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparseopt._processes import own_device, position
 from sparseopt.cli import project_analysis
 from sparseopt.cli._command import Command, DebugFlag, DeviceOption, JsonFlag, example, group, print_json
 
@@ -80,6 +81,7 @@ def _data(source: str, column: str, block_size: int, max_samples: int | None, pe
     epilog=example(
         "sparseopt project run --model smollm2 --data docs/ --block_size 256 --max_samples 1000 --output_dir projections",
         "sparseopt project run --architecture GPT2-Small --batch_size 4 --proj_layers mlp,attn --proj_rank_total 256",
+        "torchrun --nproc_per_node 8 -m sparseopt project run --model smollm2 --data docs/ --block_size 256",
         "sparseopt project run --random_weights --data notes.txt --block_size 128 --max_samples 8   # no download",
     ),
 )
@@ -143,8 +145,14 @@ def run(
         ),
     ] = None,
     model_dtype: ModelDtypeOption = "bfloat16",
-    worker: Annotated[int, typer.Option("--worker", min=0, help="Number of this process, from 0.")] = 0,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that fill the folder together.")] = 1,
+    worker: Annotated[
+        int | None,
+        typer.Option("--worker", min=0, help="Number of this process, from 0 (default: what torchrun says)."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Processes that fill the folder (default: what torchrun says)."),
+    ] = None,
     cuda_graph: Annotated[
         bool, typer.Option("--cuda_graph", help="Replay full batches as a CUDA graph: faster where batches are small.")
     ] = False,
@@ -163,6 +171,9 @@ def run(
     from sparseopt.progress import announce_device
     from sparseopt.projection.pipeline import Projection, ProjectRun
 
+    rank, world = position()
+    launched = worker is None and workers is None
+    number, count = rank if worker is None else worker, world if workers is None else workers
     settings = Projection(
         proj_layers, proj_rank_total, proj_rank_min, proj_seed, proj_dtype, proj_row_orthonormal, include_embeddings,
         proj_method, include_biases, proj_shape_rule, proj_sketch,
@@ -170,12 +181,14 @@ def run(
     job = ProjectRun(
         _source(architecture, model, weights, random_weights, tokenizer, model_dtype),
         _data(data, text_column, block_size, max_samples, per_document, seed),
-        announce_device(device), settings,
+        announce_device(own_device(device)), settings,
         output_dir=None if results_dir is not None else output_dir, results_dir=results_dir or Path(),
-        batch_size=batch_size, save_interval=proj_save_interval, worker=worker, workers=workers, cuda_graph=cuda_graph,
-        export=export_pt,
+        batch_size=batch_size, save_interval=proj_save_interval, worker=number, workers=count, together=launched,
+        cuda_graph=cuda_graph, export=export_pt,
     )  # fmt: skip
     found = job.execute()
+    if launched and number:
+        return
     if json:
         print_json(found)
         return

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparseopt._processes import is_first
 from sparseopt.cli import train_lm
 from sparseopt.cli._command import SEVERAL, Command, DebugFlag, JsonFlag, example, group, print_json
 
@@ -154,6 +155,8 @@ def _method(name: str) -> Callable[..., None]:
         }
         settings = _configuration(name, config, set_ or [], flags)
         folder = importlib.import_module(f"sparseopt.trainers.{name}").run(settings)
+        if not is_first():
+            return
         if json:
             print_json({"output_dir": str(folder)})
         else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sparseopt._processes import is_first
 from sparseopt.cli._command import SEVERAL, DebugFlag, JsonFlag, example, print_json
 from sparseopt.cli.runs import BaseDirOption
 
@@ -60,7 +60,7 @@ def lm(
         from sparseopt.trainers.lm import train
 
         folder = train(settings, given, base_dir, resume=resume)
-    if os.environ.get("RANK", "0") != "0":  # the first of several processes reports
+    if not is_first():
         return
     if json:
         print_json({"run_id": folder.name, "output_dir": str(folder)})

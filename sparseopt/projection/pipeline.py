@@ -3,15 +3,15 @@
 The output folder holds the store (``metadata.json``, ``shards/``), ``run_config.json``, ``projection_stats.json`` and, unless
 declined, ``proj_iter_000001.pt`` ...: batch i of the samples. A batch is always made of the same samples, so that a run that
 was killed computes what is missing to the last bit as if it had not been. Several processes may fill one folder: each takes
-every n-th batch.
+every n-th batch, and keeps ``projection_stats_{worker}.json``, unless a launcher started them all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparseopt._files import FormatError, atomic_write
+from sparseopt._files import atomic_write
+from sparseopt._processes import launch_group, refuse_several
 from sparseopt.progress import Progress
 from sparseopt.projection import full_gradients, sources, text
+from sparseopt.projection._statistics import STATISTICS, Statistics, merge, reported
 from sparseopt.projection.errors import results_folder_name
 from sparseopt.projection.projector import GradientProjector
 from sparseopt.projection.store import ProjectionStore
@@ -126,6 +128,8 @@ class ProjectRun(Run):
         save_interval: batches that are handed to the store together. None is lost at the end or on Ctrl-C; a kill costs
             those that were not handed over, and the next run computes them.
         worker, workers: this process takes batches worker, worker + workers, ... (from 0).
+        together: a launcher (``torchrun``) started all workers: they wait for each other, and the first one adds up the
+            statistics and exports.
         cuda_graph: replay the passes of full batches as one CUDA graph.
         export: write ``proj_iter_*.pt`` once all samples are there.
     """
@@ -137,6 +141,7 @@ class ProjectRun(Run):
     save_interval: int = 1
     worker: int = 0
     workers: int = 1
+    together: bool = False
     cuda_graph: bool = False
     export: bool = True
 
@@ -154,19 +159,30 @@ class ProjectRun(Run):
             raise ValueError(f"worker must be below workers ({self.workers}), got {self.worker}.")
         if self.cuda_graph and self.device.type != "cuda":
             raise ValueError(f"cuda_graph needs a CUDA device, this is {self.device}.")
+        with launch_group() if self.together and self.workers > 1 else contextlib.nullcontext() as wait:
+            return self._execute(wait)
+
+    def _execute(self, wait: Callable[[], object] | None) -> dict[str, Any]:
         loaded = self.load()
         projector = GradientProjector(loaded.model, **asdict(self.projection))
-        print(projector.summary(), file=sys.stderr, flush=True)
+        if wait is None or self.worker == 0:
+            print(projector.summary(), file=sys.stderr, flush=True)
         folder = self.output_dir or self.results_dir / results_folder_name(projector.metadata)
         config = {**self.described(loaded), "projection": asdict(self.projection), "batch_size": self.batch_size}
         with ProjectionStore(folder, projector.metadata) as store:
             _keep_config(folder, config)
             seen = self._fill(loaded, projector, store)
+            if wait is not None:
+                wait()
+                if self.worker == 0:
+                    merge(folder, self.device)
+                wait()
             statistics = {
                 "output_dir": str(folder), "samples_stored": len(store), "total_proj_dim": store.total_dim,
-                "coverage": projector.metadata["coverage"], "weights": loaded.weights, **self._statistics(folder),
+                "coverage": projector.metadata["coverage"], "weights": loaded.weights,
+                **reported(self._statistics_file(folder) if wait is None else folder / STATISTICS),
             }  # fmt: skip
-            if self.export and store.done(range(seen)):
+            if self.export and (wait is None or self.worker == 0) and store.done(range(seen)):
                 with FileLock(folder / ".export.lock"):
                     statistics["exported_files"] = store.export_pt(folder, self.batch_size)
         return statistics
@@ -174,9 +190,8 @@ class ProjectRun(Run):
     def _fill(self, loaded: sources.LoadedModel, projector: GradientProjector, store: ProjectionStore) -> int:
         """Computes what is missing of this worker's batches; returns the number of samples of the source."""
         done = set(store.completed.tolist())
-        finished = len(done)
         limit, seen = self.data.max_samples, 0
-        statistics = _Statistics(self._statistics_file(store.path), self.device)
+        statistics = Statistics(self._statistics_file(store.path), self.device, whole=store.path / STATISTICS)
         pending: list[tuple[list[int], Tensor]] = []
 
         def hand_over() -> None:
@@ -186,8 +201,12 @@ class ProjectRun(Run):
                 statistics.save()
 
         project = self._passes(projector)
-        total = None if limit is None or self.workers > 1 else limit
-        with projector, Progress("project", total, unit="sample", completed=finished if total else 0) as progress:
+        what = "project" if self.workers == 1 else f"project (process {self.worker + 1} of {self.workers})"
+        total = None if limit is None else self._own(range(limit))
+        with (
+            projector,
+            Progress(what, total, unit="sample", completed=self._own(i for i in done if i < (limit or 0))) as progress,
+        ):
             try:
                 for number, (ids, tokens, mask) in enumerate(self.batches(loaded.tokenizer, self.batch_size)):
                     seen += len(ids)
@@ -207,6 +226,10 @@ class ProjectRun(Run):
                 store.flush()
         return seen
 
+    def _own(self, ids: Iterable[int]) -> int:
+        """How many of these samples are this worker's."""
+        return sum(i // self.batch_size % self.workers == self.worker for i in ids)
+
     def _passes(self, projector: GradientProjector) -> Any:
         def eager(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             losses = projector.losses(tokens, mask)
@@ -225,62 +248,7 @@ class ProjectRun(Run):
         return replayed
 
     def _statistics_file(self, folder: Path) -> Path:
-        return folder / ("projection_stats.json" if self.workers == 1 else f"projection_stats_{self.worker}.json")
-
-    def _statistics(self, folder: Path) -> dict[str, Any]:
-        path = self._statistics_file(folder)
-        return json.loads(path.read_text()) if path.is_file() else {}
-
-
-class _Statistics:
-    """Loss, timing and tokens of a run, over all its processes one after another."""
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.path, self.device = path, device
-        self.sums = {"samples": 0, "batches": 0, "tokens": 0, "loss_sum": 0.0, "seconds": 0.0}
-        if path.is_file():
-            try:
-                kept = json.loads(path.read_text())
-                self.sums = {key: type(value)(kept[key]) for key, value in self.sums.items()}
-            except (ValueError, KeyError, TypeError) as error:
-                raise FormatError(
-                    f"'{path}' is damaged ({error!r}): remove it, the projections are not affected."
-                ) from error
-        self.last = self.rate = 0.0
-        self._began = 0.0
-
-    def batch(self, tokens: Tensor, mask: Tensor) -> _Statistics:
-        self._tokens = int(mask.sum())
-        return self
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            seconds = time.perf_counter() - self._began
-            self.sums["seconds"] += seconds
-            self.rate = self._tokens / seconds
-
-    def add(self, losses: Tensor, mask: Tensor) -> None:
-        """Reading the losses waits for the device: the batch is computed then, and its time is honest."""
-        values = losses.tolist()
-        self.last = sum(values) / len(values)
-        self.sums["samples"] += len(values)
-        self.sums["batches"] += 1
-        self.sums["tokens"] += int(mask.sum())
-        self.sums["loss_sum"] += sum(values)
-
-    def save(self) -> None:
-        sums = self.sums
-        about = {
-            **sums,
-            "mean_loss": sums["loss_sum"] / max(sums["samples"], 1),
-            "tokens_per_second": sums["tokens"] / sums["seconds"] if sums["seconds"] else 0.0,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
-            "torch": torch.__version__,
-        }
-        atomic_write(self.path, json.dumps(about, indent=2))
+        return folder / (STATISTICS if self.workers == 1 else f"projection_stats_{self.worker}.json")
 
 
 def _keep_config(folder: Path, config: dict[str, Any]) -> None:
@@ -325,6 +293,7 @@ class FullRun(Run):
             ValueError: no positive ``max_samples``, or a folder of other gradients.
             OSError: the disk has too little room.
         """
+        refuse_several("full-grads", "start it without a launcher")
         if self.data.max_samples is None or self.data.max_samples < 1:
             raise ValueError(
                 "full gradients take 4 bytes a parameter and sample: say with max_samples how many you want."

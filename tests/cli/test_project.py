@@ -30,7 +30,7 @@ RUN = {
     # ours
     "model": None, "weights": None, "random_weights": False, "tokenizer": None, "data": "pile", "text_column": "text",
     "per_document": False, "proj_method": "gaussian", "proj_shape_rule": "square", "proj_sketch": None,
-    "include_biases": False, "results_dir": None, "worker": 0, "workers": 1, "cuda_graph": False, "export_pt": True,
+    "include_biases": False, "results_dir": None, "worker": None, "workers": None, "cuda_graph": False, "export_pt": True,
     "device": "auto", "json": False, "debug": False,
 }  # fmt: skip
 FULL_GRADS = {

@@ -17,10 +17,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from sparseopt.projection.pipeline import Data, FullRun, ModelSource, Projection, ProjectRun
-from sparseopt.projection.store import ProjectionStore
+from process_group import processes
+from projecting import MODEL, make, project
 
-MODEL = ModelSource(model="tiny", random_weights=True, dtype="float32")
+from sparseopt.projection._statistics import merge
+from sparseopt.projection.pipeline import Data, FullRun, Projection, ProjectRun
+from sparseopt.projection.store import ProjectionStore
 
 
 @pytest.fixture
@@ -31,12 +33,6 @@ def source(tmp_path: Path) -> str:
     for i, row in enumerate(letters):
         (tmp_path / "text" / f"{i:02}.txt").write_text("".join(map(chr, row.tolist())))
     return str(tmp_path / "text")
-
-
-def make(source: str, folder: Path | None, **changes: Any) -> ProjectRun:
-    data = Data(source, block_size=32, max_samples=changes.pop("max_samples", 20), seed=1)
-    projection = Projection(rank_total=changes.pop("rank_total", 16), rank_min=2, dtype=changes.pop("dtype", "float32"))
-    return ProjectRun(MODEL, data, torch.device("cpu"), projection, output_dir=folder, batch_size=3, **changes)
 
 
 def store_bytes(folder: Path) -> dict[str, bytes]:
@@ -93,6 +89,72 @@ def test_two_workers_fill_what_one_would(source: str, tmp_path: Path) -> None:
     assert second["exported_files"] == 7
     assert store_bytes(tmp_path / "one") == store_bytes(tmp_path / "two")
     assert first["samples"] + second["samples"] == 20
+
+
+def test_processes_of_a_launch_fill_what_one_would(source: str, tmp_path: Path) -> None:
+    one = make(source, tmp_path / "one").execute()
+    both = processes(2)(project, source, str(tmp_path / "two"), {})
+    assert [found.get("exported_files") for found in both] == [7, None]
+    assert store_bytes(tmp_path / "one") == store_bytes(tmp_path / "two")
+    names = {path.name for path in (tmp_path / "two").iterdir() if not path.name.startswith(".")}
+    assert names == {path.name for path in (tmp_path / "one").iterdir() if not path.name.startswith(".")}
+    kept = json.loads((tmp_path / "two" / "projection_stats.json").read_text())
+    for key in ("samples", "batches", "tokens"):
+        assert both[0][key] == both[1][key] == kept[key] == one[key]
+    assert kept["mean_loss"] == pytest.approx(one["mean_loss"], rel=1e-6)
+
+
+def test_a_launch_goes_on_with_what_others_began(source: str, tmp_path: Path) -> None:
+    """A run alone, a worker that never came back, then a launch, then one more."""
+    make(source, tmp_path / "whole", max_samples=36).execute()
+    make(source, tmp_path / "parts", max_samples=6).execute()
+    make(source, tmp_path / "parts", max_samples=20, worker=1, workers=3).execute()
+    first, _ = processes(2)(project, source, str(tmp_path / "parts"), {"max_samples": 21})
+    assert first["samples"] == first["samples_stored"] == 21
+    second, _ = processes(2)(project, source, str(tmp_path / "parts"), {"max_samples": 36})
+    assert second["samples"] == second["samples_stored"] == 36
+    assert store_bytes(tmp_path / "whole") == store_bytes(tmp_path / "parts")
+    assert not list((tmp_path / "parts").glob("projection_stats_*.json"))
+
+
+def test_statistics_that_were_merged_before_a_kill_count_once(source: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    make(source, folder, worker=1, workers=2).execute()
+    left = (folder / "projection_stats_1.json").read_bytes()
+    merge(folder, torch.device("cpu"))
+    (folder / "projection_stats_1.json").write_bytes(left)  # a kill came before it was removed
+    merge(folder, torch.device("cpu"))
+    once = json.loads(left)["samples"]
+    assert json.loads((folder / "projection_stats.json").read_text())["samples"] == once
+    (folder / "projection_stats_1.json").write_bytes(left)
+    found = make(source, folder, max_samples=24, worker=1, workers=2).execute()
+    assert found["samples"] == 24 / 2 - once, "of this run, which does not continue what was merged"
+
+
+def test_full_gradients_are_of_one_process(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    job = FullRun(MODEL, Data(source, block_size=32, max_samples=2), torch.device("cpu"), output_dir=tmp_path / "full")
+    with pytest.raises(ValueError, match="full-grads runs in one process, got 2: start it without a launcher"):
+        job.execute()
+
+
+@pytest.mark.slow
+def test_torchrun_splits_the_samples(source: str, tmp_path: Path) -> None:
+    words = [
+        "-m", "sparseopt", "project", "run", "--model", "tiny", "--random_weights", "--model_dtype", "float32", "--device",
+        "cpu", "--data", source, "--block_size", "32", "--max_samples", "20", "--seed", "1", "--batch_size", "3",
+        "--proj_rank_total", "16", "--proj_rank_min", "2", "--proj_dtype", "float32", "--json", "--output_dir",
+    ]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, "-P", *launcher, *words, str(tmp_path / "two")], capture_output=True, text=True, check=False,
+        timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples_stored"] == 20
+    assert done.stderr.count("done in") == 2, "projecting and exporting, of the first process"
+    make(source, tmp_path / "one").execute()
+    assert store_bytes(tmp_path / "one") == store_bytes(tmp_path / "two")
 
 
 def test_ctrl_c_keeps_batches_that_wait(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

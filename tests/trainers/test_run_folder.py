@@ -47,3 +47,26 @@ def test_a_folder_without_a_run_is_not_cleared_up(tmp_path: Path, configure: Cal
     (tmp_path / LEFT[0]).write_text("somebody else's")
     begin(tmp_path, configure(tmp_path))
     assert (tmp_path / LEFT[0]).read_text() == "somebody else's"
+
+
+def test_a_run_resumes_on_as_many_processes(
+    tmp_path: Path, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = configure(tmp_path, {"training.resume": True})
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    begin(tmp_path, configure(tmp_path))
+    begin(tmp_path, again)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match=r"began with 4 processes, .*, now 1 process: resume with as many"):
+        begin(tmp_path, again)
+    (tmp_path / "training.json").write_text("{}")
+    begin(tmp_path, again)  # what is left, the evaluation, is the same everywhere
+
+
+def test_a_run_of_one_process_does_not_resume_on_several(
+    tmp_path: Path, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(tmp_path, configure(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"began with 1 process, .*, now 2 processes"):
+        begin(tmp_path, configure(tmp_path, {"training.resume": True}))
