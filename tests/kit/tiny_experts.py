@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers.integrations import moe
+
+import sparseopt as so
 
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss")  # gpt_oss holds its matrices the other way round, and has biases
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -66,3 +70,32 @@ def expert_masks(model: nn.Module, grain: str, even: bool = False) -> dict[str, 
 def loss_of(model: Any, seed: int, tokens: int = 7) -> Tensor:
     ids = torch.randint(0, VOCAB, (2, tokens), generator=torch.Generator().manual_seed(seed))
     return F.cross_entropy(model(ids, use_cache=False).logits.float().flatten(0, 1), ids.roll(1, 1).flatten())
+
+
+def grouped_mm_stays() -> Iterator[None]:
+    """For a fixture: what is patched while experts are structured is as it was at the end of a test."""
+    before = moe._grouped_mm
+    yield
+    assert moe._grouped_mm is before
+
+
+def optimizer_for(model: nn.Module, masks: Any, **options: Any) -> so.SparseAdamW:
+    return so.SparseAdamW(model.named_parameters(), lr=0.02, masks=masks, capture_gradients=True, **options)
+
+
+def captured(opt: so.SparseAdamW) -> dict[str, Tensor]:
+    assert opt._capture is not None
+    return {name: values.clone() for name, values in opt._capture.pending().items()}
+
+
+def experts_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: param for name, param in model.named_parameters() if param.dim() == 3}
+
+
+def compare(values: dict[str, Tensor], dense: nn.Module, masks: Any, tolerance: float) -> None:
+    """Relative to the gradient's norm: what each parameter's entries have captured, and the dense gradients there."""
+    for name, param in dense.named_parameters():
+        assert param.grad is not None, name
+        expected = param.grad[masks[name]].float()
+        error = (values[name].float() - expected).norm()
+        assert error <= tolerance * expected.norm(), f"{name}: {error / expected.norm()}"
