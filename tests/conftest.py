@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 import pytest
 
 GPU_PASSED = pytest.StashKey[int]()
+
+# A shell ignores SIGINT for what it starts in the background, and processes inherit that: none of ours could be interrupted.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

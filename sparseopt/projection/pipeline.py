@@ -27,7 +27,7 @@ from sparseopt.progress import Progress
 from sparseopt.projection import full_gradients, sources, text
 from sparseopt.projection._statistics import STATISTICS, Statistics, merge, reported
 from sparseopt.projection.errors import results_folder_name
-from sparseopt.projection.projector import GradientProjector
+from sparseopt.projection.projector import GradientProjector, dtype_of
 from sparseopt.projection.store import ProjectionStore
 
 __all__ = ["Data", "FullRun", "ModelSource", "Projection", "ProjectRun", "Run"]
@@ -78,6 +78,9 @@ class Projection:
     shape_rule: str = "square"
     sketch: int | None = None
 
+    def __post_init__(self) -> None:
+        dtype_of(self.dtype)  # before a model is loaded
+
 
 @dataclass(frozen=True)
 class Run:
@@ -91,8 +94,10 @@ class Run:
         """The model; checks the block size against its positions.
 
         Raises:
+            FileNotFoundError: the samples are not there, said before the model is built.
             ValueError: blocks longer than the model can read; see also :func:`sources.load`.
         """
+        text.check_source(self.data.source)
         loaded = sources.load(**asdict(self.model), device=self.device, seed=self.data.seed)
         positions = getattr(loaded.model.config, "max_position_embeddings", None)
         if positions is not None and self.data.block_size > positions:

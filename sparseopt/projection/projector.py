@@ -15,9 +15,21 @@ from sparseopt.projection._engine import Engine
 from sparseopt.projection.layers import Layer, matrices_of, metadata, project_gradient, select_layers, sketch_of
 from sparseopt.projection.matrices import SketchPlan, fold
 
-__all__ = ["GradientProjector"]
+__all__ = ["GradientProjector", "dtype_of"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
+    """What projections are stored in.
+
+    Raises:
+        ValueError: none of float32, bfloat16, float16.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r} for projections: expected one of {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
 
 
 class GradientProjector:
@@ -91,11 +103,7 @@ class GradientProjector:
             raise TypeError(f"GradientProjector expects a torch.nn.Module, got {type(model).__name__}.")
         if row_orthonormal and method not in ("gaussian", "row_orthonormal"):
             raise ValueError(f"row_orthonormal=True cannot go with method={method!r}: expected 'gaussian'.")
-        names = {str(value).removeprefix("torch."): name for name, value in _DTYPES.items()}
-        name = names.get(str(dtype).removeprefix("torch."))
-        if name is None:
-            raise ValueError(f"Unknown dtype {dtype!r} for projections: expected one of {', '.join(_DTYPES)}.")
-        self.dtype = _DTYPES[name]
+        self.dtype = dtype_of(dtype)
         self._outermost = model
         inner = getattr(model, "_orig_mod", model)
         assert isinstance(inner, nn.Module)
@@ -113,7 +121,7 @@ class GradientProjector:
             self.layers,
             patterns=layers,
             seed=seed,
-            dtype=name,
+            dtype=str(self.dtype).removeprefix("torch."),
             kind="row_orthonormal" if row_orthonormal else method,
             total_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
             **options,

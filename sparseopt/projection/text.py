@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["PILE", "ByteTokenizer", "Sample", "batches", "documents", "token_samples"]
+__all__ = ["PILE", "ByteTokenizer", "Sample", "batches", "check_source", "documents", "token_samples"]
 
 PILE = "monology/pile-uncopyrighted"
 ALIASES = {"pile": PILE, "the-pile": PILE, "the_pile": PILE}
@@ -55,6 +55,29 @@ class Sample:
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
+def check_source(source: str) -> None:
+    """Says what is wrong with a source of :func:`documents` as far as a look at the file system tells.
+
+    Raises:
+        FileNotFoundError: no such file, or no text in the folder.
+        ValueError: a file of another kind.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        if not _texts_in(path):
+            raise FileNotFoundError(f"folder '{source}' holds no text: expected files of {', '.join(TEXTS)}.")
+    elif suffix in TEXTS or suffix in TABLES:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file '{source}'.")
+    elif path.is_file():
+        raise ValueError(f"'{source}' is neither text ({', '.join(TEXTS)}) nor a table ({', '.join(TABLES)}).")
+
+
+def _texts_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in TEXTS and file.is_file())
+
+
 def documents(
     source: str, *, split: str = "train", column: str = "text", seed: int | None = 42
 ) -> tuple[Iterable[str], int | None]:
@@ -74,26 +97,19 @@ def documents(
         FileNotFoundError: no such file, no text in the folder, or the Hub cannot be reached.
         ValueError: a table without the column, or a file of another kind.
     """
+    check_source(source)
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXTS and file.is_file())
-        if not files:
-            raise FileNotFoundError(f"folder '{source}' holds no text: expected files of {', '.join(TEXTS)}.")
+        files = _texts_in(path)
         if seed is not None:
             random.Random(seed).shuffle(files)
         return (file.read_text(encoding="utf-8", errors="replace") for file in files), len(files)
     if path.suffix.lower() in TEXTS:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file '{source}'.")
         return [path.read_text(encoding="utf-8", errors="replace")], 1
     if path.suffix.lower() in TABLES:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file '{source}'.")
         return _rows(
             TABLES[path.suffix.lower()], {"data_files": str(path), "split": "train"}, source, column, seed
         ), None
-    if path.is_file():
-        raise ValueError(f"'{source}' is neither text ({', '.join(TEXTS)}) nor a table ({', '.join(TABLES)}).")
     name = ALIASES.get(source.lower(), source)
     return _rows(name, {"split": split}, source, column, seed), None
 

@@ -269,7 +269,7 @@ PLOT = ("plot-error", "--results_dir", ".", "--results_pattern", "x")
         ((*RUN_TINY, "--block_size", "1"), 2, "--block_size"),
         ((*RUN_TINY, "--max_samples", "0"), 2, "--max_samples"),
         ((*RUN_TINY, "--model_dtype", "int8"), 2, "--model_dtype is float32, float16 or bfloat16, got 'int8'."),
-        ((*RUN_TINY, "--proj_dtype", "int8"), 1, "int8"),
+        ((*RUN_TINY, "--proj_dtype", "int8"), 1, "Unknown dtype 'int8' for projections: expected one of float32"),
         ((*RUN_TINY, "--proj_method", "cauchy"), 1, "Unknown projection method 'cauchy': expected one of"),
         ((*RUN_TINY, "--proj_shape_rule", "round"), 1, "Unknown shape rule 'round': expected one of square, aspect."),
         ((*RUN_TINY, "--proj_sketch", "2"), 1, "sketch=2 gives 2^2 values, fewer than rank_total=256: nothing to fold."),
@@ -342,3 +342,13 @@ def test_launch_script_hands_its_arguments_on() -> None:
     )
     assert wrong.returncode == 2
     assert "--no_such" in wrong.stderr
+
+
+@pytest.mark.parametrize("wrong", [("--data", "absent.txt"), ("--proj_dtype", "int8")], ids=["data", "dtype"])
+def test_no_model_is_built_for_nothing(wrong: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseopt.projection import sources
+
+    monkeypatch.setattr(sources, "load", lambda **_: pytest.fail("a model was built"))
+    result = CliRunner().invoke(app, ["project", *RUN_TINY, *wrong])
+    assert result.exit_code == 1
+    assert wrong[1] in result.output
