@@ -4,10 +4,11 @@
     python -m sparseopt.benchmarks.dynamic_learning --output OUT --time_limit 540    # stops between runs; repeat to go on
     python -m sparseopt.benchmarks.dynamic_learning --output OUT --texts FOLDER      # a corpus of .txt files
 
-A language model is pruned by magnitude to the sparsity asked for and trained on with ``target="weights"``: under each seed all
-policies begin with the same masks, see the same windows in the same order, and differ in what their masks do. The learning rate
-is the one that does best for static masks on the validation documents, under another seed; all policies use it. SET and RigL
-then each choose how much they exchange, on the same documents under the same seed. Only the final runs see the held-out documents.
+A language model is pruned (by magnitude, or at random) to the sparsity asked for and trained on with ``target="weights"``: under
+each seed all policies begin with the same masks, see the same windows in the same order, and differ in what their masks do. The
+learning rate is the one that does best for static masks on the validation documents, under another seed; all policies use it. SET
+and RigL then each choose how much they exchange, on the same documents under the same seed. Only the final runs see the held-out
+documents.
 The corpus is what the installed packages and Python tell about themselves, split by document.
 
 A finished run is a line of ``OUT/runs.jsonl`` and is never run again under the same settings; ``dynamic_learning.json``, ``.md``
@@ -212,7 +213,7 @@ class Trial:
         s = self.settings
         return DynamicSparsity(
             self.model, total_steps=steps, sparsity=s["sparsity"], policy=policy, interval=s["interval"],
-            fraction=fraction, target="weights", distribution=s["distribution"], seed=seed,
+            fraction=fraction, target="weights", distribution=s["distribution"], initial=s["initial"], seed=seed,
         )  # fmt: skip
 
     def _restore(self) -> None:
@@ -321,11 +322,11 @@ def run(options: argparse.Namespace) -> bool:
         read_texts(options.texts), load_tokenizer(options.model), options.seq, options.evaluation_windows, device
     )
     folder = Path(options.model)
-    keys = ("dtype", "steps", "grid_steps", "grid_seed", "batch", "seq", "sparsity", "interval", "distribution",
+    keys = ("dtype", "steps", "grid_steps", "grid_seed", "batch", "seq", "sparsity", "interval", "distribution", "initial",
             "evaluate_every", "evaluation_windows")  # fmt: skip
     settings = {
         "model": folder.resolve().name if folder.is_dir() else options.model, "corpus": corpus.about(),
-        **{key: getattr(options, key) for key in keys}, "target": "weights", "initial": "magnitude", "betas": [0.9, 0.95],
+        **{key: getattr(options, key) for key in keys}, "target": "weights", "betas": [0.9, 0.95],
         "weight_decay": 0.0, "max_grad_norm": 1.0, "schedule": "5% warm-up, cosine to a tenth",
     }  # fmt: skip
     about = {
@@ -362,6 +363,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of the active weights, exchanged at first; one: no grid",
     )
     parser.add_argument("--distribution", default="uniform", choices=("uniform", "erk", "global"))
+    parser.add_argument(
+        "--initial", default="magnitude", choices=("magnitude", "random"), help="first masks (%(default)s)"
+    )
     parser.add_argument("--evaluate_every", type=int, default=100)
     parser.add_argument("--evaluation_windows", type=int, default=96)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))

@@ -12,6 +12,7 @@ from sparseopt._files import atomic_path, atomic_write
 __all__ = ["summary", "write_report"]
 
 COLORS = {"static": "#6b7280", "set": "#2563eb", "rigl": "#dc2626"}
+FIRST = {"magnitude": "by magnitude", "random": "at random"}
 NAMES = {"static": "static", "set": "SET", "rigl": "RigL"}
 
 
@@ -119,7 +120,7 @@ def _markdown(found: dict[str, Any]) -> str:
         "",
         f"{found['date']}, commit `{found['commit']}`, {where['device']} ({versions}).",
         f"{s['steps']} steps of {s['batch']} x {s['seq']} tokens, {s['dtype']}, masks every {s['interval']} steps "
-        f"({s['distribution']}), target weights, first masks by magnitude; learning rate "
+        f"({s['distribution']}), target weights, first masks {FIRST[s['initial']]}; learning rate "
         f"{found['rate']:g}. Corpus: {tokens['train']:,} tokens to train on, {tokens['held_out']:,} held out "
         f"({s['corpus']['documents']['held_out']} documents that training never sees).",
     ]
