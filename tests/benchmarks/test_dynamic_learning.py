@@ -148,3 +148,24 @@ def test_cost_of_updates(tmp_path: Path, target: str) -> None:
     assert result["bytes_per_active_entry"] < (10 + 2) * 1.2
     (bar,) = found["bars"].values()
     assert bar["met"] == (bar["measured"] < 1)
+
+
+def test_first_masks_at_random(tmp_path: Path, tiny_folder: Path, texts: Path) -> None:
+    short = (
+        "--initial",
+        "random",
+        "--policies",
+        "static",
+        "--rates",
+        "1e-3",
+        "--fractions",
+        "0.1",
+        "--seeds",
+        "1",
+        "2",
+    )
+    assert dynamic_learning.main([*arguments(tmp_path, tiny_folder, texts, *short), "--no_picture"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in rows] == ["before", "final", "final"], "nothing is left to choose"
+    assert rows[1]["first_masks"] != rows[2]["first_masks"], "each seed draws its own"
+    assert "first masks at random" in (tmp_path / "dynamic_learning.md").read_text()
