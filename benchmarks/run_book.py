@@ -124,8 +124,10 @@ class RunBook:
         except Timeout:
             yield False
             return
-        with lock:
+        try:
             yield True
+        finally:
+            lock.release()
 
 
 def key_of(*parts: Any, sort_keys: bool = False) -> str:

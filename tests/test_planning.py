@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from planned_models import config, kept_by_autograd
+from planned_models import config, kept_by_autograd, one_thread
 
 from sparseopt import planning
 from sparseopt.planning import Job
@@ -29,12 +28,7 @@ PEAKS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+single = pytest.fixture(autouse=True)(one_thread)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from planned_models import DENSITY, config, kept_by_autograd, train_groups
+from planned_models import DENSITY, config, kept_by_autograd, one_thread, train_groups
 
 from sparseopt import planning
 from sparseopt.planning import Job
@@ -26,12 +25,7 @@ PROTOTYPE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+single = pytest.fixture(autouse=True)(one_thread)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -100,3 +101,11 @@ def kept_by_autograd(settings: Any, job: Job, arm: str, adapter_bytes: int) -> i
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(input_ids=ids, labels=ids, use_cache=False)
     return sum(seen.values())
+
+
+def one_thread() -> Iterator[None]:
+    """For a fixture: sums of floats and allocations as one thread makes them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
