@@ -138,6 +138,8 @@ def _norms(found: Mapping[str, Any]) -> Figure:
     )
     if any(c["total_norm"] > 0 for c in checkpoints):
         right.set_yscale("log")
+    else:
+        right.set_yticks([])  # an axis without a point has no numbers
     right.grid(axis="y", color="0.9")
     _loss_axis(right, found)
     right.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1.22, 1.0))
@@ -220,6 +222,7 @@ def _correlation(found: Mapping[str, Any]) -> Figure | None:
     axes.axvline(0, color="0.4", linewidth=1)
     axes.invert_yaxis()
     axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     axes.set_title("What goes with the validation loss\n(both change with time: few checkpoints prove nothing)")
     return figure
