@@ -6,7 +6,8 @@ Arms: DDP and FSDP2 (``fully_shard``, one group a decoder layer) with torch's fu
 its compact gradients are averaged in fp32 or in bf16 ("fsdp2 sparse offloaded" keeps weights and state in the host's
 memory). Random weights and tokens. Bytes are those that torch's profiler reads
 off the collectives of one step of rank 0: what all-reduce and reduce-scatter are given, what all-gather gives. Before anything
-is timed, SparseAdamW must give the same weights captured under DDP, captured under FSDP2, and masked from DDP's dense gradients.
+is timed, SparseAdamW must give the same weights captured under DDP, captured under FSDP2 (also where the last step is resumed
+from a checkpoint of torch.distributed.checkpoint), and masked from DDP's dense gradients, over two micro-batches a step.
 """
 
 from __future__ import annotations
@@ -95,13 +96,14 @@ def _sparse(arm: str, model: nn.Module, masks: so.MaskSet, **options: Any) -> so
     return so.SparseAdamW(model.named_parameters(), masks=masks, **settings)
 
 
-def stepper(built: Built, tokens: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+def stepper(built: Built, tokens: Callable[[int], Tensor], accumulate: int = 1) -> Callable[[int], Tensor]:
     model, optimizer = built
 
     def step(number: int) -> Tensor:
-        batch = tokens(number)
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
+        for micro in range(accumulate):
+            batch = tokens(accumulate * number + micro)
+            loss = model(input_ids=batch, labels=batch).loss
+            (loss / accumulate).backward()
         if not isinstance(optimizer, so.SparseAdamW):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -203,8 +205,31 @@ def measure(
     }  # fmt: skip
 
 
+def _resumed(saved: Built, fresh: Built) -> Built:
+    """``fresh``, with the weights (made different first) and the state of ``saved``, through a checkpoint of all processes."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def state(built: Built) -> dict[str, Any]:
+        weights, optimizer = get_state_dict(built[0], built[1])
+        return {"model": weights, "optimizer": optimizer}
+
+    with torch.no_grad():
+        for param in fresh[0].parameters():
+            param.zero_()
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        dist.broadcast_object_list(folder)
+        dcp.save(state(saved), checkpoint_id=f"{folder[0]}/checkpoint")
+        read = state(fresh)
+        dcp.load(read, checkpoint_id=f"{folder[0]}/checkpoint")
+        set_state_dict(fresh[0], fresh[1], model_state_dict=read["model"], optim_state_dict=read["optimizer"])
+        dist.barrier()  # the first process' folder goes with it
+    return fresh
+
+
 def check(device: torch.device) -> float:
-    """The largest difference between weights of three ways that must agree, after three steps of a small fp32 model.
+    """The largest difference between weights of the ways that must agree, after three steps of a small fp32 model.
 
     Raises:
         SystemExit: they do not.
@@ -215,12 +240,15 @@ def check(device: torch.device) -> float:
     tokens = batches("tiny", 2, 32, device)
     results: list[dict[str, Tensor]] = []
     ways: dict[str, dict[str, Any]] = {"ddp masked": {"capture_gradients": False}, "ddp sparse": {}, "fsdp2 sparse": {}}
+    ways["fsdp2 sparse resumed"] = {}
     if device.type == "cuda":
         ways["fsdp2 sparse offloaded"] = {}
     for arm, options in ways.items():
         built = build(arm, "tiny", masks, device, torch.float32, lr=1e-3, **options)
         for number in range(3):
-            stepper(built, tokens)(number)
+            if number == 2 and arm.endswith("resumed"):
+                built = _resumed(built, build(arm, "tiny", masks, device, torch.float32, lr=1e-3, **options))
+            stepper(built, tokens, accumulate=2)(number)
         whole = {n.removeprefix("module."): p.full_tensor() if isinstance(p, DTensor) else p
                  for n, p in built[0].named_parameters()}  # fmt: skip
         results.append({name: value.detach().to(device) for name, value in whole.items()})
