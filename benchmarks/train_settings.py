@@ -124,6 +124,7 @@ class Settings:
     max_completion_length: int = MAX_COMPLETION_LENGTH
     results: str | None = None
     run: str | None = None
+    together: bool = False
 
     def label(self) -> str:
         """The model's name for tables and titles: without a path, and with what its weights are."""
@@ -181,6 +182,7 @@ class Settings:
         parts += [f"--accumulation {self.accumulation}"] * (self.accumulation > 1)
         parts += [f"--master {self.master}"] * (self.master != "residual")
         parts += [f"--dtype {self.dtype}"] * (self.dtype != "bfloat16")
+        parts += ["--together"] * self.together
         return " ".join(parts)
 
     def record(self, mode: str) -> dict[str, Any]:
@@ -189,8 +191,7 @@ class Settings:
         dropped = ["modes", "device", "results", "run"]
         if not self.data:
             dropped += ["data", "subset", "checkpoint"]
-        if self.mask is None:
-            dropped += ["mask"]
+        dropped += ["mask"] * (self.mask is None) + ["together"] * (not self.together)
         if not self.data or self.workload != "grpo":
             dropped += ["num_generations", "max_completion_length"]
         for key in dropped:
@@ -248,6 +249,11 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> tu
         "--mode", choices=("eager", "compiled", "whole", "both"), help="eager unless --compile is given; compiled: each "
         "decoder layer by itself, whole: the model in one piece",
     )  # fmt: skip
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="a process for each arm: all compile at the same time, and are timed in turns",
+    )
     parser.add_argument("--compile", action="store_true", help="compile each decoder layer: --mode compiled")
     parser.add_argument(*_spellings("--gradient_checkpointing"), action="store_true")
     parser.add_argument(
@@ -282,6 +288,8 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> tu
         parser.error(f"{given[0]} asks for real rows, which need --model: --shape {options.shape} has no tokenizer.")
     if not given and not options.shape and not options.model:
         parser.error("give one of --shape and --model, or real rows with --data, --subset_size or --checkpoint.")
+    if options.together and (given or options.mask):
+        parser.error(f"--together is for random tokens and masks: leave out {given[0] if given else '--mask'}.")
     generated = given and options.workload == "grpo"
     for key in ("num_generations", "max_completion_length"):
         if getattr(options, key) is not None and not generated:
@@ -323,6 +331,7 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> tu
         checkpoint=None if options.checkpoint == "None" else options.checkpoint, mask=options.mask,
         num_generations=generations, max_completion_length=completion,
         results=options.results_dir or ("results" if given or run else None), run=run,
+        together=options.together,
     ), options  # fmt: skip
 
 

@@ -211,7 +211,7 @@ def assert_equal_plans(a: IndexPlan, b: IndexPlan) -> None:
     for name in ("numels", "counts", "starts", "first_chunk", "run"):
         assert getattr(a, name) == getattr(b, name), name
     for name in ("indices", "chunks"):
-        mine, theirs = getattr(a, name).cpu(), getattr(b, name)
+        mine, theirs = getattr(a, name).cpu(), getattr(b, name).cpu()
         assert mine.dtype == theirs.dtype
         assert torch.equal(mine, theirs), name
 
