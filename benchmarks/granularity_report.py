@@ -34,7 +34,12 @@ __all__ = [
 METRIC = "reward_accuracy"
 SUITE = "optimizer, 525 M bf16 parameters"
 MISSING = "not measured"
-MODES = {"eager": "eager", "compiled": "compiled by layer", "whole": "compiled in one piece"}
+MODES = {
+    "eager": "eager",
+    "compiled": "compiled by layer",
+    "whole": "compiled in one piece",
+    "graphs": "compiled as CUDA graphs",
+}
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,15 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def compile_model(model: nn.Module, mode: str) -> None:
-    """Compiles layer by layer in mode "compiled", in one piece in mode "whole", nothing in mode "eager"."""
+    """Compiles layer by layer in mode "compiled", in one piece in mode "whole", as CUDA graphs in mode "graphs", else nothing."""
     if mode == "compiled":
         compile_layers(model)
     elif mode == "whole":
         model.compile()
+    elif mode == "graphs":
+        if all(param.device.type != "cuda" for param in model.parameters()):
+            raise Unavailable("CUDA graphs need a GPU")
+        model.compile(mode="reduce-overhead")
 
 
 # ---- the arms --------------------------------------------------------------------------------------------------------
@@ -284,7 +288,7 @@ def check_small(arm: Arm, model: nn.Module, workload: str, *, mode: str, master:
         arm: a sparse arm.
         model: small, with random weights.
         workload: as in :func:`~sparseopt.benchmarks.train_work.make_loss`.
-        mode: "eager", "compiled" or "whole".
+        mode: "eager", "compiled", "whole" or "graphs".
         master: as in :func:`build`.
 
     Raises:

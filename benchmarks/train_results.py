@@ -51,8 +51,10 @@ COLUMN_BARS: dict[tuple[str, str, str, bool], dict[str, float]] = {
     ("llama-3.2-3b", "eager", "1 x 512", False): {"dense-fused": 1.6, "lora": 2.0},
     ("llama-3.2-3b", "compiled", "1 x 512", False): _COLUMNS_3B,
     ("llama-3.2-3b", "whole", "1 x 512", False): _COLUMNS_3B,
+    ("llama-3.2-3b", "graphs", "1 x 512", False): _COLUMNS_3B,
     ("llama-3.2-1b", "compiled", "4 x 1024", False): _COLUMNS_1B,
     ("llama-3.2-1b", "whole", "4 x 1024", False): _COLUMNS_1B,
+    ("llama-3.2-1b", "graphs", "4 x 1024", False): _COLUMNS_1B,
     ("llama-3.1-8b", "eager", "1 x 512", True): {"19 GiB reserved": 1.0},
 }
 

@@ -246,8 +246,8 @@ def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> tu
     )
     parser.add_argument("--passes", type=positive, default=2, help="turns over all arms (%(default)s)")
     parser.add_argument(
-        "--mode", choices=("eager", "compiled", "whole", "both"), help="eager unless --compile is given; compiled: each "
-        "decoder layer by itself, whole: the model in one piece",
+        "--mode", choices=("eager", "compiled", "whole", "graphs", "both"), help="eager unless --compile is given; compiled: "
+        "each decoder layer by itself, whole: the model in one piece, graphs: the same as CUDA graphs (reduce-overhead)",
     )  # fmt: skip
     parser.add_argument(
         "--together",

@@ -62,7 +62,7 @@ def _step(built: Built, losses: list[Callable[[], Tensor]], device: torch.device
         marks.mark()
         loss.backward()
         marks.mark()
-        last = loss.detach()
+        last = loss.detach().clone()  # a CUDA graph overwrites its loss
         del loss
     built.update()
     marks.mark()
@@ -86,7 +86,7 @@ class TimedArm:
     Args:
         arm: which.
         settings: of the run.
-        mode: "eager", "compiled" or "whole".
+        mode: "eager", "compiled", "whole" or "graphs".
         first: the first timed step.
         device: where.
         progress: told of every step.

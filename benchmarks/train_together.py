@@ -68,7 +68,7 @@ def measure_together(
 
     Args:
         settings: of the run, of random tokens.
-        mode: "eager", "compiled" or "whole".
+        mode: "eager", "compiled", "whole" or "graphs".
         splits: the steps of each turn.
         device: where.
         arms: gets the result of each arm by name, or ``{"unavailable": why}``; after Ctrl-C, of those that were timed.

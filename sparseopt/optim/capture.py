@@ -2,8 +2,9 @@
 
 A hook runs after autograd has accumulated a parameter's gradient: it takes ``param.grad`` away and adds the active entries
 to a compact fp32 buffer. On a GPU dense gradients wait until ``WAITING_BYTES`` of them are there, so that one launch serves
-many parameters; never more of them coexist. Every call accumulates (reentrant checkpointing fires once per segment, tied
-weights once, micro-batches once each); ``step()`` consumes.
+many parameters; never more of them coexist, and none outlives the backward pass, since it may lie in memory that the next pass
+overwrites (of the CUDA graphs that torch.compile's mode "reduce-overhead" makes). Every call accumulates (reentrant
+checkpointing fires once per segment, tied weights once, micro-batches once each); ``step()`` consumes.
 
 A hook runs for every parameter in every backward pass, while the GPU waits for the host: it does as little as it can.
 """
@@ -198,6 +199,8 @@ class GradientCapture:
         self._waiting_bytes += gradient.nbytes if compact else arena.dense_bytes[slot.tensor]
         if self._waiting_bytes >= WAITING_BYTES or arena.device.type == "cpu":
             self.flush()
+        elif len(self._waiting) == 1 and torch._C._current_graph_task_id() >= 0:
+            torch.autograd.Variable._execution_engine.queue_callback(self.flush)  # at the end of this backward pass
 
     def take_dense(self) -> None:
         """Captures gradients that somebody put into ``param.grad`` by hand."""

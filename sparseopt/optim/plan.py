@@ -95,7 +95,9 @@ class IndexPlan:
     def compact_chunks(self) -> Tensor:
         """``chunks`` for tensors that hold nothing but their active entries: the same rows, each one contiguous."""
         rows = self.chunks.clone()
-        starts = torch.tensor(self.starts).to(rows.device, non_blocking=True)  # within backward: nobody waits for the device
+        starts = torch.tensor(self.starts).to(
+            rows.device, non_blocking=True
+        )  # within backward: nobody waits for the device
         rows[:, 1] = rows[:, 2] - starts[rows[:, 0]]
         rows[:, 4] = 0  # offset 0
         rows[:, 5] = CHUNK[self.indices.dtype].bit_length() - 1

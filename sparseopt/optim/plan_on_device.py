@@ -47,10 +47,9 @@ def _together(
     for t in members:
         begins.append(begins[-1] + -(-max(1, numels[t]) // (8 * ALIGNMENT)) * ALIGNMENT)
     bits = torch.zeros(begins[-1], dtype=torch.uint8, device=device)
-    for begin, t in zip(begins, members, strict=False):
-        mask = packed[t]
-        assert mask is not None
-        bits[begin : begin + mask.numel()].copy_(mask, non_blocking=True)
+    masks = [mask for t in members if (mask := packed[t]) is not None]
+    places = [bits[begin : begin + mask.numel()] for begin, mask in zip(begins, masks, strict=False)]
+    torch._foreach_copy_(places, masks, non_blocking=True)  # those that are there already: one launch
     first_bits = torch.tensor(begins, device=device) * 8
     lengths = torch.tensor([-(-numels[t] // 8) for t in members], device=device)
     sample = bits[first_bits[:-1, None] // 8 + lengths[:, None] * torch.arange(SAMPLE, device=device) // SAMPLE]

@@ -143,6 +143,10 @@ class StructuredUse:
         # One number, and no view of it: nobody reads the values.
         leaf = torch.empty_strided(shape, (0,) * len(shape), dtype=weight.dtype, device=weight.device).requires_grad_()
         leaf.register_post_accumulate_grad_hook(_Deliver(weight, _link(weight)))
+        for fixed in (leaf, self.where):
+            # As torch._dynamo.mark_static_address() does, whose import takes seconds: like a parameter, neither moves, and CUDA
+            # graphs of torch.compile need no copies.
+            fixed._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
         self.leaf = leaf
         return leaf
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +48,15 @@ class Follower:
             kept = self.active[arena.names[t]] = (arena.plan, arena.plan.positions(t).to(dtype))
         return kept[1]
 
-    def drop(self, name: str, old: Tensor, kept_out: Tensor) -> None:
-        """The mask changes from ``old`` to what is not ``kept_out`` (both packed, on one device)."""
-        if name in self.left:
-            self.left[name] = self.left[name].to(old.device).bitwise_or_(old).bitwise_and_(kept_out)
-        else:
-            self.left[name] = old & kept_out
+    def drop(self, names: Sequence[str], old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+        """Masks change from ``old`` to ``new`` (packed, on one device), all of them in a few launches."""
+        sizes = [bits.numel() for bits in old]
+        once = torch.cat(list(old))
+        if any(name in self.left for name in names):
+            before = [self.left.get(name, bits).to(once.device) for name, bits in zip(names, old, strict=True)]
+            once.bitwise_or_(torch.cat(before))
+        left = once.bitwise_and_(torch.cat(list(new)).bitwise_not_())
+        self.left.update(zip(names, left.split(sizes), strict=True))
 
     def looked(self) -> None:
         self.left.clear()
@@ -98,25 +101,33 @@ class LeftEntries:
         ``near``: copies of the new masks' bits on another device, which does the work where there are any.
         """
         self.mask_changes += 1
+        together: dict[torch.device, tuple[list[str], list[Tensor], list[Tensor]]] = {}
         for arena in optimizer._arenas:
             for t, name in enumerate(arena.names):
                 if name not in masks:
                     continue
                 new, numel, given = near.get(name, masks.packed(name)), arena.params[t].numel(), before[name]
-                kept_out = ~new
-                if numel % 8:
-                    kept_out[-1] &= (1 << numel % 8) - 1
-                old = kept_out | new if given is None else given.to(new.device)
-                # As bits: positions of what left would take more than the state of what trains.
-                for follower in (self.export, *self.followers):
-                    follower.drop(name, old, kept_out)
+                old = _all_active(numel, new.device) if given is None else given.to(new.device)
+                names, olds, news = together.setdefault(new.device, ([], [], []))
+                names.append(name)
+                olds.append(old)
+                news.append(new)
                 if arena.base is not None:
-                    gone = functional.mask_indices(old & kept_out, numel).long().to(arena.device)
-                    active, stays = (functional.unpack_mask(bits.to(arena.device), (numel,)) for bits in (old, new))
-                    positions, values = self.base.get(name, (gone[:0], arena.base[:0]))
-                    base = arena.base[arena.plan.arena(t)][~stays[active]]
-                    merged, order = torch.cat([positions, gone]).sort()
-                    self.base[name] = (merged, torch.cat([values, base])[order])
+                    self._keep_base(arena, t, old, new)
+        # As bits: positions of what left would take more than the state of what trains.
+        for names, olds, news in together.values():
+            for follower in (self.export, *self.followers):
+                follower.drop(names, olds, news)
+
+    def _keep_base(self, arena: Arena, t: int, old: Tensor, new: Tensor) -> None:
+        """Base values of what leaves a tensor's mask."""
+        name, numel = arena.names[t], arena.params[t].numel()
+        gone = functional.mask_indices(old & ~new, numel).long().to(arena.device)
+        active, stays = (functional.unpack_mask(bits.to(arena.device), (numel,)) for bits in (old, new))
+        positions, values = self.base.get(name, (gone[:0], arena.base[:0]))  # type: ignore[index]
+        base = arena.base[arena.plan.arena(t)][~stays[active]]  # type: ignore[index]
+        merged, order = torch.cat([positions, gone]).sort()
+        self.base[name] = (merged, torch.cat([values, base])[order])
 
     def after_load(self, changes: int | None, same_masks: bool) -> None:
         """State was loaded whose masks had changed ``changes`` times (None: nobody knows).
@@ -139,6 +150,14 @@ class LeftEntries:
             back = contains(active, positions)
             arena.base[arena.plan.arena(t)][torch.searchsorted(active, positions[back])] = values[back]
             self.base[name] = (positions[~back], values[~back])
+
+
+def _all_active(numel: int, device: torch.device) -> Tensor:
+    """The packed mask of which every entry is active."""
+    bits = torch.full(((numel + 7) // 8,), 255, dtype=torch.uint8, device=device)
+    if numel % 8:
+        bits[-1] = (1 << numel % 8) - 1
+    return bits
 
 
 def contains(sorted_set: Tensor, values: Tensor) -> Tensor:

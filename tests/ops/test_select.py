@@ -98,6 +98,21 @@ def test_many_tensors(
     check(small, masks, share, grow, device, same_bits)
 
 
+@pytest.mark.parametrize("grow", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neighbouring_numbers(
+    device: torch.device, dtype: torch.dtype, grow: bool, mask_of: Callable, same_bits: Callable
+) -> None:
+    """Scores that differ in their last bits, around a carry to the next digit."""
+    n, item = 3001, torch.finfo(dtype).bits
+    integer = {16: torch.int16, 32: torch.int32, 64: torch.int64}[item]
+    around = torch.tensor(1.0, dtype=dtype).view(integer)
+    step = 1 << 29 if dtype == torch.float64 else 1  # neighbours in fp32, to which fp64 is rounded
+    scores = (around + step * torch.randint(-40, 41, (n,))).to(integer).view(dtype)
+    for share in SHARES:
+        check([scores], [mask_of(n, 0.4)], share, grow, device, same_bits)
+
+
 def test_each_count_by_itself(device: torch.device, mask_of: Callable, same_bits: Callable) -> None:
     """Every count of a tensor with ties, in tensors side by side."""
     score, mask = (torch.arange(48) % 5 - 2.0), mask_of(48, 0.5)
