@@ -252,10 +252,14 @@ def check(device: torch.device) -> float:
         whole = {n.removeprefix("module."): p.full_tensor() if isinstance(p, DTensor) else p
                  for n, p in built[0].named_parameters()}  # fmt: skip
         results.append({name: value.detach().to(device) for name, value in whole.items()})
-    worst = max(float((other[n] - results[0][n]).abs().max()) for other in results[1:] for n in other)
-    if not worst <= 1e-5:
-        raise SystemExit(f"the ways to train differ by {worst}; nothing is measured.")
-    return worst
+    apart = {arm: max(float((found[n] - results[0][n]).abs().max()) for n in found)
+             for arm, found in zip(ways, results, strict=True)}  # fmt: skip
+    worst = max(apart, key=lambda arm: apart[arm])
+    if not apart[worst] <= 1e-5:
+        raise SystemExit(
+            f"{worst!r} gives weights that differ by {apart[worst]:.1e} from 'ddp masked': nothing is measured."
+        )
+    return apart[worst]
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------------

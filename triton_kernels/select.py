@@ -10,10 +10,9 @@ last chosen one does; a few operations on [T, 32] numbers then tell its next dig
 above that one, and of the equal ones the first by index, for which the counts of the last digit are also kept by chunk.
 
 A program takes 32,768 entries, 4096 at a time, up to 16 bytes to a thread and load, with the bytes of the mask that belong to
-them. 16-bit scores are read 4 times, fp32 ones 8 times: longer digits read less and count slower. Every thread counts by itself,
-in bytes, four bins to a number, which cannot overflow: a row has CHUNK / BLOCK times 8 entries in a chunk. (Triton's histogram
-finds each bin by votes of a warp and a population count, of which an H100 does 16 in a cycle and multiprocessor: 3.4 ms for 973 M
-entries, which take 0.9 ms to read.) Counts are integer sums, squares are added in a fixed order within a chunk and over chunks:
+them. 16-bit scores are read 4 times, fp32 ones 8 times: longer digits read less and count slower, since a warp finds each bin of
+its lanes by votes and a population count, of which an H100 does 16 in a cycle and multiprocessor (8 bits: 4.5 ms for 973 M
+entries, which take 0.9 ms to read). Counts are integer sums, squares are added in a fixed order within a chunk and over chunks:
 deterministic.
 """
 
@@ -87,11 +86,10 @@ def _block(
     byte = b * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     bit = tl.arange(0, 8)
     i = byte[:, None] * 8 + bit[None, :]
+    valid = i < count
     held = tl.load(packed + byte, mask=byte * 8 < count, other=0).to(tl.int32)
-    if GROW:  # by bytes, what is no entry is not inactive either
-        past = tl.minimum(tl.maximum(byte * 8 + 8 - count, 0), 8)
-        held = ~held & (0xFF >> past)
-    eligible = ((held[:, None] >> bit[None, :]) & 1) != 0
+    active = ((held[:, None] >> bit[None, :]) & 1) != 0
+    eligible = valid & ((active == 0) if GROW else active)
     if RANDOM:
         key = _random_keys(seed, start + i)
         value = i
@@ -100,32 +98,11 @@ def _block(
         if (b + 1) * BLOCK <= count:  # a mask would make the loads narrow
             value = tl.load(source + i)
         else:
-            value = tl.load(source + i, mask=i < count, other=0)
+            value = tl.load(source + i, mask=valid, other=0)
         key, odd = _keys(value, GROW)
         if not GROW:
             odd = odd & eligible
     return key, eligible, odd, value
-
-
-@triton.jit
-def _eight_bins(eight, one, j: tl.constexpr):
-    """int32 [rows]: how many entries of a row are in bins 8 j .. 8 j + 7, four bits each; of rows of 8, so they fit."""
-    return tl.sum(tl.where(eight == j, one, 0), axis=1)
-
-
-@triton.jit
-def _spread(even, odd, j: tl.constexpr, BINS: tl.constexpr):
-    """int32 [BINS]: bins 8 j .. 8 j + 7 of all rows, from the bytes of the even and of the odd ones; 0 elsewhere."""
-    digits = tl.arange(0, BINS)
-    # Two bins in 16 bits each: 512 rows of at most 64.
-    bins04 = tl.sum(even & 0x00FF00FF, axis=0)
-    bins26 = tl.sum((even >> 8) & 0x00FF00FF, axis=0)
-    bins15 = tl.sum(odd & 0x00FF00FF, axis=0)
-    bins37 = tl.sum((odd >> 8) & 0x00FF00FF, axis=0)
-    low = tl.where((digits & 2) != 0, bins26, bins04)
-    high = tl.where((digits & 2) != 0, bins37, bins15)
-    pair = tl.where((digits & 1) != 0, high, low)
-    return tl.where(digits >> 3 == j, (pair >> ((digits & 4) * 4)) & 0xFFFF, 0)
 
 
 @triton.jit(do_not_specialize=["shift", "width"])
@@ -141,7 +118,7 @@ def _count_kernel(
     odd,  # int64 [T], added to (FIRST)
     squares,  # fp32 [C] (FIRST)
     shift,  # of the digit
-    width,  # its bits: log2(BINS), of the first digit fewer
+    width,  # its bits, at most log2(BINS)
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     GROW: tl.constexpr,
@@ -164,35 +141,20 @@ def _count_kernel(
     seed = tl.load(seeds + tensor) if RANDOM else 0
     prefix = tl.load(prefixes + tensor).to(tl.int32)
     digits = tl.arange(0, BINS)
-    # Of each row of 8 entries, over the blocks: even and odd bins of eight, a byte each.
-    even0 = tl.zeros([BLOCK // 8], tl.int32)
-    odd0, even1, odd1, even2, odd2, even3, odd3 = even0, even0, even0, even0, even0, even0, even0
-    begin = prefix << width
+    total = tl.zeros([BINS], tl.int32)
     strange = tl.zeros([BLOCK // 8, 8], tl.int32)
     power = tl.zeros([BLOCK // 8, 8], tl.float32)
     for b in range(0, tl.cdiv(count, BLOCK)):
         key, eligible, wrong, value = _block(source, bits, seed, start, count, b, GROW, RANDOM, BLOCK)
-        digit = (key >> shift) - begin  # outside 0 .. BINS - 1 where the key begins otherwise
-        eight, one = tl.where(eligible, digit >> 3, -1), 1 << ((digit & 7) * 4)
-        bins0 = _eight_bins(eight, one, 0)
-        bins1 = _eight_bins(eight, one, 1)
-        bins2 = _eight_bins(eight, one, 2)
-        bins3 = _eight_bins(eight, one, 3)
-        even0 += bins0 & 0x0F0F0F0F
-        odd0 += (bins0 >> 4) & 0x0F0F0F0F
-        even1 += bins1 & 0x0F0F0F0F
-        odd1 += (bins1 >> 4) & 0x0F0F0F0F
-        even2 += bins2 & 0x0F0F0F0F
-        odd2 += (bins2 >> 4) & 0x0F0F0F0F
-        even3 += bins3 & 0x0F0F0F0F
-        odd3 += (bins3 >> 4) & 0x0F0F0F0F
+        lead = key >> shift
+        counted = eligible & ((lead >> width) == prefix)
+        digit = lead & ((1 << width) - 1)
+        total += tl.histogram(tl.reshape(digit, [BLOCK]), BINS, mask=tl.reshape(counted, [BLOCK]))
         if FIRST and not RANDOM:
             strange += wrong.to(tl.int32)
             if GROW:
                 wide = tl.where(eligible & (wrong == 0), widen(value, tl.float32), 0.0)
                 power += wide * wide
-    total = _spread(even0, odd0, 0, BINS) + _spread(even1, odd1, 1, BINS)
-    total += _spread(even2, odd2, 2, BINS) + _spread(even3, odd3, 3, BINS)
     tl.atomic_add(bins + tensor * BINS + digits, total.to(tl.int64), mask=total != 0, sem="relaxed")
     if LAST:
         tl.store(rows + program * BINS + digits, total)
@@ -279,8 +241,7 @@ def select_entries(
     with torch.cuda.device_of(packed):
         shift = key_bits
         while shift:
-            # The shorter digit comes first, where no key is past its bins.
-            width, first = shift % DIGIT or DIGIT, shift == key_bits
+            width, first = min(DIGIT, shift), shift == key_bits
             shift -= width
             bins = torch.zeros((tensors, BINS), dtype=torch.int64, device=device)
             _count_kernel[(programs,)](

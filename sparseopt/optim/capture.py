@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 __all__ = ["WAITING_BYTES", "GradientCapture"]
 
 WAITING_BYTES = 256 * 2**20
+AT_ONCE = frozenset({"cpu"})  # device types on which a launch for each parameter costs no more than one for many
 
 
 class _Slot:
     """The hook of one parameter, and where its gradients go."""
 
-    __slots__ = ("arena", "capture", "compact", "gradient", "seen", "tensor")
+    __slots__ = ("arena", "at_once", "capture", "compact", "gradient", "seen", "tensor")
 
     def __init__(self, capture: GradientCapture) -> None:
         self.capture = capture
@@ -47,6 +48,7 @@ class _Slot:
         self.gradient: Tensor | None = None  # still to be gathered
         self.compact = False  # whether that has the active entries only
         self.seen = False  # captured since the last step: the next gradient adds to the buffer
+        self.at_once = False  # its gradients lie in memory that somebody else writes within this backward pass
 
     def __call__(self, param: Tensor) -> None:
         gradient = param.grad
@@ -197,10 +199,15 @@ class GradientCapture:
         slot.compact = compact
         self._waiting.append(slot)
         self._waiting_bytes += gradient.nbytes if compact else arena.dense_bytes[slot.tensor]
-        if self._waiting_bytes >= WAITING_BYTES or arena.device.type == "cpu":
+        if self._waiting_bytes >= WAITING_BYTES or slot.at_once or arena.device.type in AT_ONCE:
             self.flush()
         elif len(self._waiting) == 1 and torch._C._current_graph_task_id() >= 0:
             torch.autograd.Variable._execution_engine.queue_callback(self.flush)  # at the end of this backward pass
+
+    def gather_at_once(self, param: Tensor) -> None:
+        """Gradients of ``param`` do not wait: see ``_Slot.at_once``."""
+        if param in self._slots:
+            self._slots[param].at_once = True
 
     def take_dense(self) -> None:
         """Captures gradients that somebody put into ``param.grad`` by hand."""

@@ -12,7 +12,7 @@ Without capture DDP works as with any optimizer: the averaged dense gradients ar
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,15 +85,19 @@ def _reduced(ddp: DistributedDataParallel) -> list[nn.Parameter]:
     return [p for n, p in ddp.module.named_parameters() if p.requires_grad and n not in ignored]
 
 
-def _names_to_ignore(module: nn.Module, params: Iterable[Tensor]) -> set[str]:
-    """The names of these parameters as DDP compares them; one stays if nothing else would: DDP needs one.
+def _names_to_ignore(module: nn.Module, optimizer: SparseAdamW) -> set[str]:
+    """The names of the optimizer's parameters as DDP compares them; one stays if nothing else would: DDP needs one.
 
-    The one that stays, the smallest, is captured like the others before DDP sees its gradient: DDP then reduces zeros.
+    The one that stays, the smallest, is captured like the others before DDP sees its gradient: DDP then reduces zeros. They
+    may overwrite what was captured (``gradient_as_bucket_view`` puts gradients into DDP's own memory), so that must not wait.
     """
-    chosen = {id(p) for p in params}
+    chosen = {id(p) for p in plain_parameters(optimizer)}
     trained = [p for p in module.parameters() if p.requires_grad]
     if trained and all(id(p) in chosen for p in trained):
-        chosen.discard(id(min(trained, key=lambda p: p.numel())))
+        stays = min(trained, key=lambda p: p.numel())
+        chosen.discard(id(stays))
+        if optimizer._capture is not None:
+            optimizer._capture.gather_at_once(stays)
     # Tied weights have several names; DDP writes the name of a parameter of the outermost module with a leading dot.
     names = {n for n, p in module.named_parameters(remove_duplicate=False) if id(p) in chosen}
     return names | {f".{n}" for n in names if "." not in n}
@@ -101,7 +105,7 @@ def _names_to_ignore(module: nn.Module, params: Iterable[Tensor]) -> set[str]:
 
 def leave_out_of_ddp(model: nn.Module, optimizer: SparseAdamW) -> None:
     """Makes a later ``DistributedDataParallel(model)`` ignore what the optimizer captures, its first broadcast included."""
-    names = _names_to_ignore(model, plain_parameters(optimizer))
+    names = _names_to_ignore(model, optimizer)
     setattr(model, IGNORED, sorted(names | set(getattr(model, IGNORED, ()))))
 
 
@@ -123,7 +127,7 @@ def release_from_ddp(optimizer: SparseAdamW, ddp: DistributedDataParallel) -> No
             "SparseAdamW(capture_gradients=True) cannot change the buckets of this torch release's "
             "DistributedDataParallel: make the optimizer first and leave the model unwrapped, or set capture_gradients=False."
         )
-    ddp.parameters_to_ignore = set(ddp.parameters_to_ignore) | _names_to_ignore(ddp.module, plain_parameters(optimizer))
+    ddp.parameters_to_ignore = set(ddp.parameters_to_ignore) | _names_to_ignore(ddp.module, optimizer)
     kept: Any = ddp
     kept._module_parameters = [p for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore]
     parameters, sparse = kept._build_params_for_reducer()

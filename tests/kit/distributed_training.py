@@ -110,6 +110,17 @@ def under_ddp(rank: int, world: int, when: str, accumulate: int, no_sync: bool, 
     return weights(model), norms, reduced
 
 
+def under_ddp_with_gradients_that_wait(rank: int, world: int, when: str, ddp_options: dict[str, Any]) -> Any:
+    """As on GPUs: captured gradients are gathered when backward ends, not in their hooks."""
+    from sparseopt.optim import capture
+
+    at_once, capture.AT_ONCE = capture.AT_ONCE, frozenset()
+    try:
+        return under_ddp(rank, world, when, 2, False, {"capture_gradients": True}, ddp_options, {})
+    finally:
+        capture.AT_ONCE = at_once
+
+
 def disagree(rank: int, world: int, what: str) -> str:
     """The error of a step of processes that differ in something."""
     model = make_model(seed=rank if what == "weights" else 0)

@@ -14,6 +14,7 @@ from captured_model import VOCAB, Model, assert_equal_weights, captured, loss_of
 from torch import Tensor, nn
 
 import sparseopt as so
+from sparseopt.optim import capture
 
 
 # ---- equality with dense gradients -----------------------------------------------------------------------------------
@@ -94,6 +95,30 @@ def test_retained_graph_accumulates_twice() -> None:
     loss.backward()
     for name, value in captured(opt).items():
         torch.testing.assert_close(value, 2 * once[name])
+
+
+def test_gradients_that_wait_are_gathered_when_backward_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs, where they may lie in memory that the next pass overwrites (a CUDA graph's)."""
+    expected = make_model()
+    ours = make_model()
+    a, b = optimizer_for(expected), optimizer_for(ours)
+    for step in range(2):
+        loss_of(expected, step).backward()
+    with monkeypatch.context() as waiting:
+        waiting.setattr(capture, "AT_ONCE", frozenset())
+        gathered = []
+        flush = capture.GradientCapture.flush
+        waiting.setattr(
+            capture.GradientCapture, "flush", lambda self: gathered.append(len(self._waiting)) or flush(self)
+        )
+        for step in range(2):
+            loss_of(ours, step).backward()
+            assert b._capture is not None
+            assert not b._capture._waiting
+    assert [count for count in gathered if count] == [gathered[-1]] * 2  # all at once, at the end of each pass
+    assert gathered[-1] > 3
+    for name, values in captured(a).items():
+        assert torch.equal(values, captured(b)[name]), name
 
 
 def test_clipping_uses_the_norm_over_active_entries() -> None:

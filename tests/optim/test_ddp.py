@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_training import alone, disagree, infinite_on_one_rank, under_ddp, used_on_one_rank, without_ddp
+from distributed_training import (
+    alone,
+    disagree,
+    infinite_on_one_rank,
+    under_ddp,
+    under_ddp_with_gradients_that_wait,
+    used_on_one_rank,
+    without_ddp,
+)
 from process_group import processes
 
 CAPTURED: dict[str, Any] = {"capture_gradients": True}
@@ -56,6 +64,13 @@ def test_ddp_options_and_models(ddp: dict, model: dict, when: str) -> None:
     no_sync = "static_graph" not in ddp  # torch does not take both
     results = processes(2)(under_ddp, when, 2, no_sync, CAPTURED, ddp, model)
     assert_as_alone(results, 2, 2, **model)
+
+
+@pytest.mark.parametrize("ddp", [{}, {"gradient_as_bucket_view": True}], ids=["own-memory", "bucket-view"])
+@pytest.mark.parametrize("when", ["before", "after", "prepared"])
+def test_gradients_that_wait_are_not_overwritten(when: str, ddp: dict[str, Any]) -> None:
+    """The parameter that stays in DDP has its gradient in DDP's memory, which DDP fills with zeros in the same pass."""
+    assert_as_alone(processes(2)(under_ddp_with_gradients_that_wait, when, ddp), 2, 2)
 
 
 @pytest.mark.slow
