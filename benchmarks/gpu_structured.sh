@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA GPU: the GPU tests of structured masks, then whole training steps under column and row masks beside
 # element masks, dense fused AdamW and LoRA. Each part has its own time, so that a slow compilation costs its own figures only.
-# usage: bash benchmarks/gpu_structured.sh OUTPUT_FOLDER [tests|eager|compiled|rows|layers|small|large ...]
-# (without names: all of them but layers; each of compiled, rows, layers and small takes minutes, for compiling)
+# usage: bash benchmarks/gpu_structured.sh OUTPUT_FOLDER [tests|eager|compiled|graphs|layers|small|large ...]
+# (without names: all of them but layers; each of compiled, graphs, layers and small takes minutes, for compiling)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/gpu}
 parts=${*:2}
-parts=${parts:-tests eager large compiled small rows}
+parts=${parts:-tests eager large compiled graphs small}
 mkdir -p "$out"
 python3 -m pip install -q --no-build-isolation --no-deps -e . || exit 1
 status=0
@@ -28,20 +28,20 @@ for part in $parts; do
       measure 200 --shape llama-3.2-3b --batch 1 --seq 512 --rounds 20 --warmup 4 \
         --arms dense-fused,lora,sparse,sparse/runs16,sparse/columns,sparse/rows --mode eager
       ;;
-    compiled) # in one piece, one pass: an arm compiles for a minute or more
-      measure 540 --shape llama-3.2-3b --batch 1 --seq 512 --rounds 20 --warmup 5 --passes 1 \
-        --arms dense-fused,sparse/columns,lora --mode whole
+    compiled) # in one piece; all arms compile at once, for a minute or two
+      measure 400 --shape llama-3.2-3b --batch 1 --seq 512 --rounds 30 --warmup 5 --passes 3 --together \
+        --arms dense-fused,sparse/columns,sparse/rows,lora --mode whole
       ;;
-    rows)
-      into=$out/rows measure 400 --shape llama-3.2-3b --batch 1 --seq 512 --rounds 20 --warmup 5 --passes 1 \
-        --arms dense-fused,sparse/rows --mode whole
+    graphs) # the same as CUDA graphs
+      measure 400 --shape llama-3.2-3b --batch 1 --seq 512 --rounds 30 --warmup 6 --passes 3 --together \
+        --arms dense-fused,sparse/columns,sparse/rows,lora --mode graphs
       ;;
     layers) # by layer instead of in one piece
-      measure 540 --shape llama-3.2-3b --batch 1 --seq 512 --rounds 20 --warmup 5 --passes 1 \
+      measure 400 --shape llama-3.2-3b --batch 1 --seq 512 --rounds 30 --warmup 5 --passes 3 --together \
         --arms dense-fused,sparse/columns,lora --mode compiled
       ;;
     small)
-      measure 480 --shape llama-3.2-1b --batch 4 --seq 1024 --rounds 20 --warmup 5 --passes 1 \
+      measure 400 --shape llama-3.2-1b --batch 4 --seq 1024 --rounds 30 --warmup 5 --passes 3 --together \
         --arms dense-fused,sparse/columns,lora --mode whole
       ;;
     large)
@@ -49,7 +49,7 @@ for part in $parts; do
         --master residual --arms sparse/columns,lora,sparse/rows --mode eager
       ;;
     *)
-      echo "expected tests, eager, compiled, rows, layers, small or large, got $part" >&2
+      echo "expected tests, eager, compiled, graphs, layers, small or large, got $part" >&2
       exit 2
       ;;
   esac
