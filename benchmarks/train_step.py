@@ -76,8 +76,11 @@ def run(settings: Settings, commit: str | None = None) -> tuple[dict[str, dict[s
 
     Raises:
         CheckError: a result is wrong; there is no speed.
+        ValueError: the device has no CUDA graphs.
     """
     device = announce_device(settings.device)
+    if "graphs" in settings.modes and device.type != "cuda":
+        raise ValueError(f"--mode graphs needs a CUDA device, this is {device.type}.")
     suites: dict[str, dict[str, Any]] = {}
     interrupted = False
     masks = so.MaskSet.load(settings.mask) if settings.mask else None

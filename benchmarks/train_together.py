@@ -6,13 +6,13 @@ the number of turns, and its peak memory is its process' own; the device has to 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -48,16 +48,21 @@ def _serve(arm: Arm, settings: Settings, mode: str, device: torch.device, pipe: 
             pipe.send(("timed", None))
         pipe.send(("result", timed.result()))
     except CheckError as error:
-        pipe.send(("wrong", str(error)))
+        _tell(pipe, "wrong", str(error))
     except Unavailable as error:
-        pipe.send(("unavailable", str(error)))
+        _tell(pipe, "unavailable", str(error))
     except torch.OutOfMemoryError:
-        pipe.send(("unavailable", "out of memory beside the other arms"))
+        _tell(pipe, "unavailable", "out of memory beside the other arms")
     except (EOFError, BrokenPipeError):  # nobody asks any more
         return
     except Exception as error:
         traceback.print_exc()
-        pipe.send(("failed", f"{arm.name}: {type(error).__name__}: {error}"))
+        _tell(pipe, "failed", f"{arm.name}: {type(error).__name__}: {error}")
+
+
+def _tell(pipe: Connection, kind: str, why: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody asks any more
+        pipe.send((kind, why))
 
 
 def measure_together(
@@ -100,7 +105,7 @@ def measure_together(
         _results(ready, pipes, arms)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _processes(settings: Settings, mode: str, device: torch.device) -> Iterator[dict[str, Connection]]:
     """Arm -> the pipe to its process."""
     context = mp.get_context("spawn")

@@ -9,16 +9,21 @@ Radix selection, all tensors at once: a launch for every 5 bits counts, tensor b
 last chosen one does; a few operations on [T, 32] numbers then tell its next digit. The last launch writes the chosen entries: keys
 above that one, and of the equal ones the first by index, for which the counts of the last digit are also kept by chunk.
 
+Of 16-bit scores an eighth is looked at first: the last chosen key of these, found in the same way, is near the one that is sought,
+and one launch over all entries counts each of the 30 keys around it. Where the sought key is not among them, as happens if scores
+change along a tensor, the tensor goes the long way; the programs of all others end at once.
+
 A program takes 32,768 entries, 4096 at a time, up to 16 bytes to a thread and load, with the bytes of the mask that belong to
-them. 16-bit scores are read 4 times, fp32 ones 8 times: longer digits read less and count slower, since a warp finds each bin of
-its lanes by votes and a population count, of which an H100 does 16 in a cycle and multiprocessor (8 bits: 4.5 ms for 973 M
-entries, which take 0.9 ms to read). Counts are integer sums, squares are added in a fixed order within a chunk and over chunks:
-deterministic.
+them. 16-bit scores are read 2.4 times (the long way: 5.4), fp32 ones 8 times: longer digits read less and count slower, since a
+warp finds each bin of its lanes by votes and a population count, of which an H100 does 16 in a cycle and multiprocessor (5 bits:
+3.4 ms for 973 M entries, which take 0.9 ms to read). Counting by threads, in packed bytes, took 5.8. Counts are integer sums,
+squares are added in a fixed order within a chunk and over chunks: deterministic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,7 +39,16 @@ CHUNK = 32768  # entries of a program
 BLOCK = 4096  # entries at a time
 DIGIT = 5  # bits: a bin for each lane of a warp
 BINS = 1 << DIGIT
+SAMPLE = CHUNK // BLOCK  # one block in so many tells about where the last chosen key is
 HIGHEST = torch.iinfo(torch.int32).max
+
+
+class Chosen(NamedTuple):
+    """Of each tensor, int64[T]: the last chosen key, its last digit, and how many equal to it are chosen."""
+
+    key: Tensor
+    digit: Tensor
+    left: Tensor
 
 
 @triton.jit
@@ -112,25 +126,31 @@ def _count_kernel(
     packed,  # uint8 [B]
     begins,  # int64 [T + 1], bytes
     ranges,  # int64 [C, 3]
-    prefixes,  # int64 [T], what the key begins with
+    prefixes,  # int64 [T], what the key begins with; of NEAR: the first of the keys that are counted by themselves
+    done,  # uint8 [T], of these nothing is counted (DONE)
     bins,  # int64 [T, BINS], added to
     rows,  # int32 [C, BINS], counts of each chunk (LAST)
-    odd,  # int64 [T], added to (FIRST)
-    squares,  # fp32 [C] (FIRST)
+    odd,  # int64 [T], added to (ALL)
+    squares,  # fp32 [C] (ALL)
     shift,  # of the digit
     width,  # its bits, at most log2(BINS)
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     GROW: tl.constexpr,
     RANDOM: tl.constexpr,
-    FIRST: tl.constexpr,
+    ALL: tl.constexpr,  # also counts what is odd, and adds up squares
     LAST: tl.constexpr,
+    NEAR: tl.constexpr,  # bins are: none (keys below do not count), BINS - 2 keys, keys above
+    SAMPLE: tl.constexpr,  # of the blocks one in so many
+    DONE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(ranges + program * 3)
+    if DONE and tl.load(done + tensor) != 0:
+        return
     start = tl.load(ranges + program * 3 + 1) * CHUNK
     count = tl.load(ranges + program * 3 + 2).to(tl.int32)
     source = address_of(scores, tensor, DTYPE, 1)
@@ -144,13 +164,19 @@ def _count_kernel(
     total = tl.zeros([BINS], tl.int32)
     strange = tl.zeros([BLOCK // 8, 8], tl.int32)
     power = tl.zeros([BLOCK // 8, 8], tl.float32)
-    for b in range(0, tl.cdiv(count, BLOCK)):
+    blocks = tl.cdiv(count, BLOCK)
+    first = (program % SAMPLE).to(tl.int32) % blocks  # another block of every chunk
+    for b in range(first, blocks, SAMPLE):
         key, eligible, wrong, value = _block(source, bits, seed, start, count, b, GROW, RANDOM, BLOCK)
-        lead = key >> shift
-        counted = eligible & ((lead >> width) == prefix)
-        digit = lead & ((1 << width) - 1)
+        if NEAR:
+            counted = eligible & (key >= prefix)
+            digit = tl.minimum(key - prefix + 1, BINS - 1)
+        else:
+            lead = key >> shift
+            counted = eligible & ((lead >> width) == prefix)
+            digit = lead & ((1 << width) - 1)
         total += tl.histogram(tl.reshape(digit, [BLOCK]), BINS, mask=tl.reshape(counted, [BLOCK]))
-        if FIRST and not RANDOM:
+        if ALL and not RANDOM:
             strange += wrong.to(tl.int32)
             if GROW:
                 wide = tl.where(eligible & (wrong == 0), widen(value, tl.float32), 0.0)
@@ -158,7 +184,7 @@ def _count_kernel(
     tl.atomic_add(bins + tensor * BINS + digits, total.to(tl.int64), mask=total != 0, sem="relaxed")
     if LAST:
         tl.store(rows + program * BINS + digits, total)
-    if FIRST and not RANDOM:
+    if ALL and not RANDOM:
         number = tl.sum(tl.sum(strange, axis=1), axis=0)
         if number != 0:
             tl.atomic_add(odd + tensor, number.to(tl.int64), sem="relaxed")
@@ -209,6 +235,24 @@ def _pick_kernel(
         tl.store(chosen + place + byte, result.to(tl.uint8), mask=byte * 8 < count)
 
 
+def _last_digit(bins: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest digit that ``left`` keys have or are above (the largest of all for none), and how many have it."""
+    reached = bins.flip(1).cumsum(1).flip(1)
+    digit = ((reached >= left[:, None]).sum(1) - 1).clamp_(min=0)
+    above = torch.cat([reached, reached.new_zeros(len(bins), 1)], 1).gather(1, digit[:, None] + 1)[:, 0]
+    return digit, left - above
+
+
+def _share_in_sample(sizes: Sequence[int]) -> Tensor:
+    """fp64[T] on the CPU: the share of a tensor's entries in the blocks that a sample has."""
+    ranges = ranges_of(sizes, CHUNK)
+    blocks = (ranges[:, 2] + BLOCK - 1) // BLOCK
+    block = torch.arange(len(ranges)) % SAMPLE % blocks
+    looked = (ranges[:, 2] - block * BLOCK).clamp(max=BLOCK)  # SAMPLE blocks at most, so that no chunk has a second one
+    found = torch.zeros(len(sizes), dtype=torch.int64).index_add_(0, ranges[:, 0], looked)
+    return found.double() / torch.tensor(sizes, dtype=torch.int64).clamp(min=1)
+
+
 def select_entries(
     scores: Sequence[Tensor], packed: Tensor, counts: Tensor, grow: bool, seeds: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,35 +275,54 @@ def select_entries(
     programs, tensors = len(ranges), len(sizes)
     rows = torch.empty((programs, BINS), dtype=torch.int32, device=device)
     squares = torch.zeros(programs, device=device)
-    prefix, left = torch.zeros_like(counts), counts
-    digit = prefix
     key_bits = 24 if random else 15 if found.dtype.itemsize == 2 else 31
     constants = {
         "DTYPE": TL_DTYPES[found.dtype], "ALIGNED": found.aligned, "GROW": grow, "RANDOM": random, "CHUNK": CHUNK,
         "BLOCK": BLOCK, "num_warps": 8,
     }  # fmt: skip
-    with torch.cuda.device_of(packed):
-        shift = key_bits
+
+    def counted(prefix: Tensor, shift: int, width: int, done: Tensor | None = None, **how: bool | int) -> Tensor:
+        bins = torch.zeros((tensors, BINS), dtype=torch.int64, device=device)
+        flags = {"ALL": False, "LAST": False, "NEAR": False, "SAMPLE": 1, "DONE": done is not None, **how}
+        _count_kernel[(programs,)](
+            found.table, seeds, packed, table, ranges, prefix, done, bins, rows, odd, squares, shift, width, BINS=BINS, **flags,
+            **constants,
+        )  # fmt: skip
+        return bins
+
+    def search(left: Tensor, done: Tensor | None = None, sample: int = 1, everything: bool = False) -> Chosen:
+        """The last of the ``left`` largest keys, digit by digit."""
+        prefix, shift = torch.zeros_like(counts), key_bits
+        chosen_by = Chosen(prefix, prefix, left)
         while shift:
             width, first = min(DIGIT, shift), shift == key_bits
             shift -= width
-            bins = torch.zeros((tensors, BINS), dtype=torch.int64, device=device)
-            _count_kernel[(programs,)](
-                found.table, seeds, packed, table, ranges, prefix, bins, rows, odd, squares, shift, width,
-                FIRST=first, LAST=shift == 0, BINS=BINS, **constants,
-            )  # fmt: skip
-            # How many keys have at least this digit: the digit is the largest for which they suffice.
-            reached = bins.flip(1).cumsum(1).flip(1)
-            digit = ((reached >= left[:, None]).sum(1) - 1).clamp_(min=0)
-            above = torch.cat([reached, reached.new_zeros(tensors, 1)], 1).gather(1, digit[:, None] + 1)[:, 0]
-            left = left - above
+            last = shift == 0 and sample == 1
+            bins = counted(prefix, shift, width, done, SAMPLE=sample, ALL=first and everything, LAST=last)
+            digit, left = _last_digit(bins, left)
             # Where nothing is chosen every digit is the largest; no key is above it.
             prefix = ((prefix << width) + digit).clamp_(max=HIGHEST)
+            chosen_by = Chosen(prefix, digit, left)
+        return chosen_by
+
+    with torch.cuda.device_of(packed):
+        if key_bits == 15:
+            share = kept_table(("sampled", sizes), device, lambda: _share_in_sample(sizes))
+            guess = search((counts * share).round().clamp_(min=1).to(torch.int64), sample=SAMPLE).key
+            near = (guess - (BINS - 2) // 2).clamp_(0, (1 << key_bits) - (BINS - 2))
+            digit, left = _last_digit(counted(near, 0, 0, ALL=True, LAST=True, NEAR=True), counts)
+            nothing = counts == 0
+            done = nothing | ((digit > 0) & (digit < BINS - 1))
+            long = search(counts, done.to(torch.uint8))
+            threshold = torch.where(nothing, HIGHEST, torch.where(done, near + digit - 1, long.key))
+            digit, left = torch.where(done, digit, long.digit), torch.where(done, left, long.left)
+        else:
+            threshold, digit, left = search(counts, everything=True)
         owner, block = ranges[:, 0], ranges[:, 1]
         ties = rows.gather(1, digit[owner][:, None])[:, 0].to(torch.int64)
         before = ties.cumsum(0) - ties
         before = before - before[torch.arange(programs, device=device) - block]
         wanted = left[owner] - before
         quotas = torch.where((wanted > 0) & (wanted >= ties), CHUNK, wanted.clamp(min=0))
-        _pick_kernel[(programs,)](found.table, seeds, packed, table, ranges, prefix, quotas, chosen, **constants)
+        _pick_kernel[(programs,)](found.table, seeds, packed, table, ranges, threshold, quotas, chosen, **constants)
         return chosen, odd, squares.sum(dtype=torch.float64)

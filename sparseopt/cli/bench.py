@@ -79,9 +79,16 @@ Rounds = Annotated[int, typer.Option("--rounds", "--n_steps", help="Timed steps 
 Warmup = Annotated[int, typer.Option("--warmup", help="Untimed steps of each arm before them, in each pass.")]
 Passes = Annotated[int, typer.Option("--passes", help="Turns over the list of arms; rounds are split over them.")]
 Mode = Annotated[
-    str | None, typer.Option("--mode", help="eager (default), compiled (by layer), whole, or both (the first two).")
+    str | None,
+    typer.Option(
+        "--mode",
+        help="eager (default), compiled (by layer), whole, graphs (whole, as CUDA graphs), or both (the first two).",
+    ),
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile each decoder layer: --mode compiled.")]
+Together = Annotated[
+    bool, typer.Option("--together", help="All arms at once, a process each: they compile together, timed in turns.")
+]
 Checkpointing = Annotated[bool, typer.Option("--gradient_checkpointing", help="Recompute activations in backward.")]
 Accumulation = Annotated[int, typer.Option("--accumulation", help="Micro-batches of a step.")]
 Master = Annotated[str, typer.Option("--master", help="Master weights of sparse arms: residual or fp32.")]
@@ -118,6 +125,7 @@ EXAMPLES = {
     "lm": (
         "sparseopt bench lm --shape llama-3.2-3b --batch 1 --seq 512 --output results",
         "sparseopt bench lm --shape llama-3.2-3b --arms dense-fused sparse --density 2.5% 10% --compile",
+        "sparseopt bench lm --shape llama-3.2-3b --arms dense-fused sparse/columns lora --density 2.5% --mode graphs --together",
     ),
 }
 COMMON = """
@@ -148,6 +156,7 @@ def _train_step(workload: str, text: str) -> None:
         passes: Passes = 2,
         mode: Mode = None,
         compile_: Compile = False,
+        together: Together = False,
         gradient_checkpointing: Checkpointing = False,
         accumulation: Accumulation = 1,
         master: Master = "residual",
@@ -177,7 +186,8 @@ def _train_step(workload: str, text: str) -> None:
             "output": output, "results_dir": results_dir, "run_name": run_name,
         }  # fmt: skip
         flags = {
-            "compile": compile_, "gradient_checkpointing": gradient_checkpointing, "json": json, "debug": debug,
+            "compile": compile_, "together": together, "gradient_checkpointing": gradient_checkpointing, "json": json,
+            "debug": debug,
         }  # fmt: skip
         arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
         arguments += [f"--{name}" for name, given in flags.items() if given]

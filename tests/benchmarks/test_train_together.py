@@ -40,6 +40,11 @@ def test_real_rows_and_mask_files_are_refused(more: list[str], capsys: pytest.Ca
     assert f"leave out {'--subset_size' if '--subset_size' in more else '--mask'}" in capsys.readouterr().err
 
 
+def test_cuda_graphs_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_step.main([*SMALL, "--arms", "dense-fused", "--mode", "graphs"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "Error: --mode graphs needs a CUDA device, this is cpu."
+
+
 def test_an_arm_that_fails_ends_all(capfd: pytest.CaptureFixture[str]) -> None:
     import torch
 

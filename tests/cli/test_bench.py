@@ -51,7 +51,7 @@ def test_flags_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_step, "main", keep(given))
     result = invoke(
         "dpo", "--shape", "tiny", "--arms", "lora", "sparse,dense-fused", "--density", "10%", "5%", "--batch", "2",
-        "--gradient-checkpointing", "--mode", "both", "--master", "fp32", "--json", "--output", "out folder",
+        "--gradient-checkpointing", "--mode", "both", "--master", "fp32", "--json", "--output", "out folder", "--together",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     ((arguments, prog),) = given
@@ -61,6 +61,7 @@ def test_flags_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [arm.name for arm in settings.arms] == ["lora", "sparse@10%", "sparse@5%", "dense-fused"]
     assert settings.modes == ("eager", "compiled")
     assert settings.gradient_checkpointing
+    assert settings.together
     assert options.json
     assert options.output == Path("out folder")
 

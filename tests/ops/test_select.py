@@ -113,6 +113,21 @@ def test_neighbouring_numbers(
         check([scores], [mask_of(n, 0.4)], share, grow, device, same_bits)
 
 
+@pytest.mark.parametrize("grow", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_that_change_along_a_tensor(
+    device: torch.device, dtype: torch.dtype, grow: bool, mask_of: Callable, same_bits: Callable
+) -> None:
+    """Kernels look at some blocks of 4096 first: here these are unlike the others, or the scores are sorted."""
+    n = 2 * 32768 + 5000
+    block = torch.arange(n) // 4096
+    unlike = torch.randn(n) * torch.where(block % 8 == block // 8, 100.0, 1.0)
+    scores = [unlike.to(dtype), torch.randn(n).abs().sort().values.to(dtype), torch.randn(9000).to(dtype)]
+    masks = [mask_of(score.numel(), 0.3) for score in scores]
+    for share in (0.02, 0.4):
+        check(scores, masks, share, grow, device, same_bits)
+
+
 def test_each_count_by_itself(device: torch.device, mask_of: Callable, same_bits: Callable) -> None:
     """Every count of a tensor with ties, in tensors side by side."""
     score, mask = (torch.arange(48) % 5 - 2.0), mask_of(48, 0.5)

@@ -148,13 +148,16 @@ def test_a_step_does_not_wait_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_compiled_model() -> None:
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"], ids=["compiled", "graphs"])
+def test_compiled_model(mode: str | None) -> None:
+    """Two micro-batches a step: gradients of the first lie in memory that a graph of the second overwrites."""
     compiled, eager = make_model(), make_model()
-    function = torch.compile(compiled)
+    function = torch.compile(compiled, mode=mode)
     a, b = (optimizer_of(m, capture_gradients=True, max_grad_norm=1.0) for m in (compiled, eager))
     for step in range(3):
-        loss_of(function, step).backward()
-        loss_of(eager, step).backward()
+        for micro in range(2):
+            loss_of(function, 2 * step + micro).backward()
+            loss_of(eager, 2 * step + micro).backward()
         a.step()
         b.step()
     for x, y in zip(compiled.parameters(), eager.parameters(), strict=True):
