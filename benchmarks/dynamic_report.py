@@ -126,7 +126,7 @@ def _markdown(found: dict[str, Any]) -> str:
     ]
     for phase, grid in found["grids"].items():
         for name in dict.fromkeys(row["policy"] for row in grid):
-            mine = [row for row in grid if row["policy"] == name]
+            mine = sorted((row for row in grid if row["policy"] == name), key=lambda row: row[phase[:-1]])
             tried = ", ".join(f"{row[phase[:-1]]:g}: {_number(row['validation'])}" for row in mine)
             lines.append(
                 f"Validation loss by {phase[:-1]}, {NAMES[name]}, seed {s['grid_seed']}, {mine[0]['steps']} steps: {tried}."
@@ -140,7 +140,9 @@ def _markdown(found: dict[str, Any]) -> str:
               f"|---|---|---|{'---|' * len(seeds)}---|---|"]  # fmt: skip
     for name, arm in found["arms"].items():
         each = " | ".join(_number(arm["seeds"].get(seed)) for seed in seeds)
-        spread = f"{arm['held_out']['mean']:.4f} ± {arm['held_out']['deviation']:.4f}"
+        spread = f"{arm['held_out']['mean']:.4f}"
+        if len(arm["seeds"]) > 1:
+            spread += f" ± {arm['held_out']['deviation']:.4f}"
         lines.append(
             f"| {NAMES[name]} | {arm['fraction']:.0%} | {spread} | {each} | {arm['train']['mean']:.4f} | {arm['step_ms']:.1f} |"
         )
