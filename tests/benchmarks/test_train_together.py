@@ -76,6 +76,7 @@ def test_answers() -> None:
     assert arms == {"a": {"unavailable": "not installed"}}
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_timed(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "sparseopt.benchmarks.train_step", *SMALL, "--arms", "dense-fused,sparse/rows",
                "--rounds", "1000000", "--passes", "50000", "--warmup", "2", "--output", str(tmp_path)]  # fmt: skip
