@@ -15,9 +15,9 @@ change along a tensor, the tensor goes the long way; the programs of all others 
 
 A program takes 32,768 entries, 4096 at a time, up to 16 bytes to a thread and load, with the bytes of the mask that belong to
 them. 16-bit scores are read 2.4 times (the long way: 5.4), fp32 ones 8 times: longer digits read less and count slower, since a
-warp finds each bin of its lanes by votes and a population count, of which an H100 does 16 in a cycle and multiprocessor (5 bits:
-3.4 ms for 973 M entries, which take 0.9 ms to read). Counting by threads, in packed bytes, took 5.8. Counts are integer sums,
-squares are added in a fixed order within a chunk and over chunks: deterministic.
+warp finds each bin of its lanes by votes and a population count, of which an H100 does 16 in a cycle and multiprocessor. Counting
+in packed bytes by threads was slower (benchmarks/README.md, changing masks). Counts are integer sums, squares are added in a fixed
+order within a chunk and over chunks: deterministic.
 """
 
 from __future__ import annotations

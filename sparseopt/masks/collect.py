@@ -50,14 +50,9 @@ class GradientEMA:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        beta: float = 0.99,
-        epsilon: float = 1e-8,
-        *,
-        bias_correction: bool = False,
+        self, model: nn.Module, beta: float = 0.99, epsilon: float = 1e-8, *, bias_correction: bool = False,
         offload: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Allocates 4 bytes per trained entry.
 
         Args:
