@@ -13,6 +13,7 @@ from a checkpoint of torch.distributed.checkpoint), and masked from DDP's dense 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import os
@@ -31,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparseopt as so
 from sparseopt._files import atomic_write
+from sparseopt.benchmarks import train_results
 from sparseopt.shapes import build_shape
 
 __all__ = ["main", "measure", "traffic"]
@@ -294,10 +296,12 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     masks = random_masks(_model(options.shape, device, torch.bfloat16), options.density, device)
     tokens = batches(options.shape, options.batch, options.seq, device)
     result: dict[str, Any] = {
-        "benchmark": "scale_out", "shape": options.shape, "weights": "random", "dtype": "bfloat16",
+        "benchmark": "scale_out", "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": train_results.commit(), "environment": train_results.environment(device),
+        "shape": options.shape, "weights": "random", "dtype": "bfloat16",
         "processes": dist.get_world_size(), "backend": dist.get_backend(), "density": masks.density,
         "active_parameters": masks.active_parameters, "total_parameters": masks.total_parameters,
-        "batch": options.batch, "seq": options.seq, "timed_steps": options.steps, "torch": torch.__version__,
+        "batch": options.batch, "seq": options.seq, "timed_steps": options.steps,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "largest_difference_of_ways": difference, "arms": {},
     }  # fmt: skip
@@ -326,7 +330,33 @@ def _write(result: dict[str, Any], folder: Path) -> None:
             facts["step_time_of_dense"] = facts["step_ms"]["median"] / base["step_ms"]["median"]
     name = "".join(c if c.isalnum() or c in ".-" else "-" for c in f"{result['device']}-x{result['processes']}").lower()
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / f"scale-out-{result['shape']}-{name}.json", json.dumps(result, indent=2) + "\n")
+    path = folder / f"scale-out-{result['shape']}-{name}"
+    atomic_write(path.with_name(path.name + ".json"), json.dumps(result, indent=2) + "\n")
+    atomic_write(path.with_name(path.name + ".md"), _markdown(result))
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    lines = [
+        f"### {result['shape']}, {result['processes']} x {result['device']}: {result['date']}, commit `{result['commit']}`", "",
+        f"{result['batch']} x {result['seq']} tokens a process, {result['density']:.1%} active, random weights in bf16, decoder "
+        "layers checkpointed. Bytes are those that a process gives to (reduced) or gets from (gathered) collectives in a step.", "",
+        "| arm | step ms (20% - 80%) | of dense | reduced MB | below dense | gathered MB | peak GiB | state GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for arm, facts in result["arms"].items():
+        if "failed" in facts:
+            lines.append(f"| {arm} | {facts['failed']} | | | | | | |")
+            continue
+        took = facts["step_ms"]
+        of_dense = f"{facts['step_time_of_dense']:.2f}" if "step_time_of_dense" in facts else ""
+        below = f"{facts['bytes_below_dense']:.1f}x" if "bytes_below_dense" in facts else ""
+        peak, state = (max(facts[key]) / 2**30 for key in ("peak_memory_bytes", "state_bytes"))
+        lines.append(
+            f"| {arm} | {took['median']:.1f} ({took['20%']:.1f} - {took['80%']:.1f}) | {of_dense} "
+            f"| {facts['bytes_reduced_per_step'] / 1e6:.1f} | {below} | {facts['bytes_gathered_per_step'] / 1e6:.1f} "
+            f"| {peak:.2f} | {state:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -31,3 +31,6 @@ def test_bytes_and_state_on_two_processes(tmp_path: Path) -> None:
     for facts in (arms["fsdp2 sparse"], arms["fsdp2 dense"]):
         assert facts["bytes_gathered_per_step"] > 0
     assert all(len(facts["peak_memory_bytes"]) == 2 and facts["step_ms"]["median"] > 0 for facts in arms.values())
+    table = (tmp_path / "scale-out-tiny-cpu-x2.md").read_text()
+    assert all(f"| {arm} |" in table for arm in arms)
+    assert result["commit"] in table
