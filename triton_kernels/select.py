@@ -5,25 +5,22 @@ scores: T tensors of one dtype; packed: uint8[B], their masks one behind the oth
 Every score becomes a key, a whole number of 15 (16-bit scores), 31 or 24 (random) bits: the bits of |score|, subtracted from
 their largest value where the smallest is wanted, so that the largest keys are chosen.
 
-Radix selection, all tensors at once: a launch for every 5 bits counts, tensor by tensor, the digits of the keys that begin as the
-last chosen one does; a few operations on [T, 32] numbers then tell its next digit. The last launch writes the chosen entries: keys
-above that one, and of the equal ones the first by index, for which the counts of the last digit are also kept by chunk.
+All tensors at once narrow down where the last chosen key lies: a launch counts, tensor by tensor, the keys in 14 bins of 2^shift
+keys from some lowest one on, those below and those above, and a small one then sets lowest and shift of the bin that has the
+wanted one, until a bin is a single key. It begins with every 16th entry (a few bytes in every part of a tensor), as long as these
+tell a bin with certainty; the window that is left nearly always holds the key, so that of 16-bit scores all entries are read once
+or twice. A tensor whose key is not in it begins anew with all keys and all entries: what a sample says never matters to the
+result. Tensors that are settled cost the launches that follow next to nothing.
 
-Of 16-bit scores an eighth is looked at first: the last chosen key of these, found in the same way, is near the one that is sought,
-and one launch over all entries counts each of the 30 keys around it. Where the sought key is not among them, as happens if scores
-change along a tensor, the tensor goes the long way; the programs of all others end at once.
-
-A program takes 32,768 entries, 4096 at a time, up to 16 bytes to a thread and load, with the bytes of the mask that belong to
-them. 16-bit scores are read 2.4 times (the long way: 5.4), fp32 ones 8 times: longer digits read less and count slower, since a
-warp finds each bin of its lanes by votes and a population count, of which an H100 does 16 in a cycle and multiprocessor. Counting
-in packed bytes by threads was slower (benchmarks/README.md, changing masks). Counts are integer sums, squares are added in a fixed
-order within a chunk and over chunks: deterministic.
+The last launch writes the chosen entries: keys above the last one, and of the equal ones the first by index, for which the counts
+of the last bins are also kept by chunk. A program takes 32,768 entries, 2048 at a time. A thread counts the 8 entries of a byte of
+the mask in the 16 fields of a 64-bit word: no votes, no shared memory, and no comparisons, of which a GPU does few in a cycle.
+Counts are integer sums, squares are added in a fixed order within a chunk and over chunks: deterministic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -36,19 +33,11 @@ from sparseopt.triton_kernels.common import TL_DTYPES, address_of, describe, kep
 __all__ = ["select_entries"]
 
 CHUNK = 32768  # entries of a program
-BLOCK = 4096  # entries at a time
-DIGIT = 5  # bits: a bin for each lane of a warp
-BINS = 1 << DIGIT
-SAMPLE = CHUNK // BLOCK  # one block in so many tells about where the last chosen key is
+BLOCK = 2048  # entries at a time
+SAMPLE = 16  # one entry in so many is looked at first,
+PIECE = CHUNK // SAMPLE**2  # in pieces of so many, one in each part of a chunk
+BINS = 16  # keys below, 14 times 2^shift keys, keys above
 HIGHEST = torch.iinfo(torch.int32).max
-
-
-class Chosen(NamedTuple):
-    """Of each tensor, int64[T]: the last chosen key, its last digit, and how many equal to it are chosen."""
-
-    key: Tensor
-    digit: Tensor
-    left: Tensor
 
 
 @triton.jit
@@ -72,7 +61,7 @@ def _random_keys(seed, index):
 
 @triton.jit
 def _keys(value, GROW: tl.constexpr):
-    """(int32 keys, the larger the sooner chosen; bits of |score| as fp32; which are NaN, or with GROW not finite)."""
+    """(int32 keys, the larger the sooner chosen; bits of |score|; -1 for NaN, or with GROW what is not finite, else 0)."""
     if value.dtype == tl.float32 or value.dtype == tl.float64:
         bits = widen(value, tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         INFINITY: tl.constexpr = 0x7F800000
@@ -82,114 +71,199 @@ def _keys(value, GROW: tl.constexpr):
         INFINITY: tl.constexpr = 0x7F80 if value.dtype == tl.bfloat16 else 0x7C00
         LARGEST: tl.constexpr = 0x7FFF
     if GROW:
-        odd = bits >= INFINITY
-        key = tl.where(odd, 0, bits)
+        odd = (INFINITY - 1 - bits) >> 31
+        bits = bits & ~odd
+        key = bits
     else:
-        odd = bits > INFINITY
+        odd = (INFINITY - bits) >> 31
+        key = bits
         if LARGEST == 0x7FFFFFFF:  # infinities tie with fp32's largest number, which no 16-bit one is
-            bits = tl.minimum(bits, INFINITY - 1)
-        key = LARGEST - bits
-    return key, odd
+            key = tl.minimum(key, INFINITY - 1)
+        key = LARGEST - key
+    return key, bits, odd
 
 
 @triton.jit
-def _block(
-    source, packed, seed, start, count, b, GROW: tl.constexpr, RANDOM: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Block ``b`` of a chunk whose mask begins at ``packed``: keys, eligible, odd, scores, each [BLOCK / 8, 8]."""
-    byte = b * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-    bit = tl.arange(0, 8)
-    i = byte[:, None] * 8 + bit[None, :]
-    valid = i < count
-    held = tl.load(packed + byte, mask=byte * 8 < count, other=0).to(tl.int32)
-    active = ((held[:, None] >> bit[None, :]) & 1) != 0
-    eligible = valid & ((active == 0) if GROW else active)
-    if RANDOM:
-        key = _random_keys(seed, start + i)
-        value = i
-        odd = i < 0
+def _load(source, packed, count, b, RANDOM: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr):
+    """Bytes of the mask of block ``b`` of a chunk, their place in the chunk, and the scores [BLOCK / 8, 8].
+
+    ``b`` is the block; of a sample, which piece of each SAMPLE-th part.
+    """
+    byte = tl.arange(0, BLOCK // 8)
+    if SAMPLE > 1:
+        PIECE: tl.constexpr = BLOCK // 8 // SAMPLE
+        byte = byte // PIECE * (BLOCK // 8) + b * PIECE + byte % PIECE
+        whole = count >= BLOCK * SAMPLE
     else:
-        if (b + 1) * BLOCK <= count:  # a mask would make the loads narrow
-            value = tl.load(source + i)
-        else:
-            value = tl.load(source + i, mask=valid, other=0)
-        key, odd = _keys(value, GROW)
-        if not GROW:
-            odd = odd & eligible
-    return key, eligible, odd, value
+        byte = b * (BLOCK // 8) + byte
+        whole = count >= (b + 1) * BLOCK
+    i = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+    held = tl.load(packed + byte, mask=byte * 8 < count, other=0)
+    if RANDOM:
+        value = i
+    elif whole:  # a mask would make the loads narrow
+        value = tl.load(source + i)
+    else:
+        value = tl.load(source + i, mask=i < count, other=0)
+    return byte, held, value
 
 
-@triton.jit(do_not_specialize=["shift", "width"])
+@triton.jit
+def _block(byte, held, value, seed, start, count, GROW: tl.constexpr, RANDOM: tl.constexpr):
+    """Keys, bits of |score|, odd, eligible (1 or 0), each int32[BLOCK / 8, 8]; the eligible ones as int32[BLOCK / 8]."""
+    inside = (1 << tl.minimum(tl.maximum(count - byte * 8, 0), 8)) - 1
+    allowed = (held.to(tl.int32) ^ 0xFF if GROW else held.to(tl.int32)) & inside
+    eligible = (allowed[:, None] >> tl.arange(0, 8)[None, :]) & 1
+    if RANDOM:
+        key = _random_keys(seed, start + value)
+        bits, odd = key, key & 0
+    else:
+        key, bits, odd = _keys(value, GROW)
+    return key, bits, odd, eligible, allowed
+
+
+@triton.jit
+def _place(scores, packed, begins, ranges, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+    """This program's chunk: its tensor, first entry, how many entries, and where its scores and its mask begin."""
+    row = ranges + tl.program_id(0).to(tl.int64) * 3
+    tensor = tl.load(row)
+    start = tl.load(row + 1) * CHUNK
+    source = address_of(scores, tensor, DTYPE, 1)
+    if ALIGNED:
+        source = tl.multiple_of(source, 16)
+    return tensor, start, tl.load(row + 2).to(tl.int32), source + start, packed + tl.load(begins + tensor) + start // 8
+
+
+@triton.jit
+def _magnitude(bits, DTYPE: tl.constexpr):
+    """fp32 |score| of its bits."""
+    if DTYPE == tl.float16:  # noqa: SIM300
+        result = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif DTYPE == tl.bfloat16:  # noqa: SIM300
+        result = (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        result = bits.to(tl.float32, bitcast=True)
+    return result
+
+
+@triton.jit
 def _count_kernel(
     scores,  # int64 [T], addresses
     seeds,  # int64 [T] or None
     packed,  # uint8 [B]
     begins,  # int64 [T + 1], bytes
     ranges,  # int64 [C, 3]
-    prefixes,  # int64 [T], what the key begins with; of NEAR: the first of the keys that are counted by themselves
-    done,  # uint8 [T], of these nothing is counted (DONE)
+    lowest,  # int64 [T], the first key of the bins
+    shifts,  # int64 [T], log2 of a bin's keys
+    settled,  # uint8 [T], of these nothing is counted
     bins,  # int64 [T, BINS], added to
-    rows,  # int32 [C, BINS], counts of each chunk (LAST)
+    rows,  # int32 [C, BINS], counts of each chunk (not of samples)
     odd,  # int64 [T], added to (ALL)
     squares,  # fp32 [C] (ALL)
-    shift,  # of the digit
-    width,  # its bits, at most log2(BINS)
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     GROW: tl.constexpr,
     RANDOM: tl.constexpr,
-    ALL: tl.constexpr,  # also counts what is odd, and adds up squares
-    LAST: tl.constexpr,
-    NEAR: tl.constexpr,  # bins are: none (keys below do not count), BINS - 2 keys, keys above
-    SAMPLE: tl.constexpr,  # of the blocks one in so many
-    DONE: tl.constexpr,
+    ALL: tl.constexpr,  # every tensor; also counts what is odd, and adds up squares
+    SAMPLE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(ranges + program * 3)
-    if DONE and tl.load(done + tensor) != 0:
+    tensor, start, count, source, bits = _place(scores, packed, begins, ranges, DTYPE, ALIGNED, CHUNK)
+    if not ALL and tl.load(settled + tensor) != 0:
         return
-    start = tl.load(ranges + program * 3 + 1) * CHUNK
-    count = tl.load(ranges + program * 3 + 2).to(tl.int32)
-    source = address_of(scores, tensor, DTYPE, 1)
-    if ALIGNED:
-        source = tl.multiple_of(source, 16)
-    source = source + start
-    bits = packed + tl.load(begins + tensor) + start // 8
+    program = tl.program_id(0).to(tl.int64)
     seed = tl.load(seeds + tensor) if RANDOM else 0
-    prefix = tl.load(prefixes + tensor).to(tl.int32)
-    digits = tl.arange(0, BINS)
-    total = tl.zeros([BINS], tl.int32)
-    strange = tl.zeros([BLOCK // 8, 8], tl.int32)
-    power = tl.zeros([BLOCK // 8, 8], tl.float32)
-    blocks = tl.cdiv(count, BLOCK)
-    first = (program % SAMPLE).to(tl.int32) % blocks  # another block of every chunk
-    for b in range(first, blocks, SAMPLE):
-        key, eligible, wrong, value = _block(source, bits, seed, start, count, b, GROW, RANDOM, BLOCK)
-        if NEAR:
-            counted = eligible & (key >= prefix)
-            digit = tl.minimum(key - prefix + 1, BINS - 1)
-        else:
-            lead = key >> shift
-            counted = eligible & ((lead >> width) == prefix)
-            digit = lead & ((1 << width) - 1)
-        total += tl.histogram(tl.reshape(digit, [BLOCK]), BINS, mask=tl.reshape(counted, [BLOCK]))
+    low, shift = tl.load(lowest + tensor).to(tl.int32), tl.load(shifts + tensor).to(tl.int32)
+    even = tl.zeros([BLOCK // 8], tl.int64)  # 8 fields of 8 bits: 8 more in each block
+    uneven = tl.zeros([BLOCK // 8], tl.int64)
+    strange = tl.zeros([BLOCK // 8], tl.int32)
+    power = tl.zeros([BLOCK // 8], tl.float32)
+    BYTES: tl.constexpr = 0x0F0F0F0F0F0F0F0F
+    SHORTS: tl.constexpr = 0x00FF00FF00FF00FF
+    first, end = 0, tl.cdiv(count, BLOCK)
+    if SAMPLE > 1:  # another piece of every chunk
+        first = (program % SAMPLE).to(tl.int32) % tl.cdiv(count, BLOCK // SAMPLE)
+        end = first + 1
+    byte, held, value = _load(source, bits, count, first, RANDOM, BLOCK, SAMPLE)
+    for b in range(first, end):
+        now, mask, score = byte, held, value
+        if SAMPLE == 1:  # the next block arrives while this one is counted
+            byte, held, value = _load(source, bits, count, tl.minimum(b + 1, end - 1), RANDOM, BLOCK, SAMPLE)
+        key, magnitude, wrong, eligible, _ = _block(now, mask, score, seed, start, count, GROW, RANDOM)
+        digit = tl.minimum(tl.maximum(((key - low) >> shift) + 1, 0), BINS - 1)
+        fields = tl.sum(eligible.to(tl.int64) << (digit * 4).to(tl.int64), axis=1)
+        even += fields & BYTES
+        uneven += (fields >> 4) & BYTES
         if ALL and not RANDOM:
-            strange += wrong.to(tl.int32)
             if GROW:
-                wide = tl.where(eligible & (wrong == 0), widen(value, tl.float32), 0.0)
-                power += wide * wide
-    tl.atomic_add(bins + tensor * BINS + digits, total.to(tl.int64), mask=total != 0, sem="relaxed")
-    if LAST:
-        tl.store(rows + program * BINS + digits, total)
+                strange -= tl.sum(wrong, axis=1)
+                wide = _magnitude(magnitude & -eligible, DTYPE)
+                power += tl.sum(wide * wide, axis=1)
+            else:
+                strange -= tl.sum(wrong & -eligible, axis=1)
+    # Fields of 16 bits hold what a chunk has.
+    word0, word1 = tl.sum(even & SHORTS, axis=0), tl.sum(uneven & SHORTS, axis=0)
+    word2, word3 = tl.sum((even >> 8) & SHORTS, axis=0), tl.sum((uneven >> 8) & SHORTS, axis=0)
+    digits = tl.arange(0, BINS)
+    low_byte, high_byte = tl.where(digits % 2 == 0, word0, word1), tl.where(digits % 2 == 0, word2, word3)
+    total = (tl.where(digits // 2 % 2 == 0, low_byte, high_byte) >> (digits // 4 * 16).to(tl.int64)) & 0xFFFF
+    tl.atomic_add(bins + tensor * BINS + digits, total, mask=total != 0, sem="relaxed")
+    if SAMPLE == 1:
+        tl.store(rows + program * BINS + digits, total.to(tl.int32))
     if ALL and not RANDOM:
-        number = tl.sum(tl.sum(strange, axis=1), axis=0)
+        number = tl.sum(strange, axis=0)
         if number != 0:
             tl.atomic_add(odd + tensor, number.to(tl.int64), sem="relaxed")
         if GROW:
-            tl.store(squares + program, tl.sum(tl.sum(power, axis=1), axis=0))
+            tl.store(squares + program, tl.sum(power, axis=0))
+
+
+@triton.jit
+def _narrow_kernel(
+    bins,  # int64 [T, BINS], zeros again afterwards
+    wanted,  # int64 [T], how many of the largest keys
+    slack,  # int64 [T], how far from that a sample may be (SAMPLE)
+    lowest, shifts, settled,  # as of the counting, changed
+    thresholds,  # int64 [T], the last chosen key, once settled
+    digits,  # int64 [T], its bin
+    left,  # int64 [T], how many keys equal to it are chosen
+    BITS: tl.constexpr,  # of keys
+    SAMPLE: tl.constexpr,
+    BINS: tl.constexpr,
+):  # fmt: skip
+    tensor = tl.program_id(0).to(tl.int64)
+    if tl.load(settled + tensor) != 0:
+        return
+    bin = tl.arange(0, BINS)
+    held = tl.load(bins + tensor * BINS + bin)
+    tl.store(bins + tensor * BINS + bin, tl.zeros([BINS], tl.int64))
+    reached = tl.cumsum(held, axis=0, reverse=True)
+    low, shift, number = tl.load(lowest + tensor), tl.load(shifts + tensor), tl.load(wanted + tensor)
+    if SAMPLE:
+        room = tl.load(slack + tensor)
+        first = tl.maximum(tl.sum((reached >= number + room).to(tl.int32), axis=0) - 1, 1)
+        last = tl.minimum(tl.sum((reached >= tl.maximum(number - room, 1)).to(tl.int32), axis=0) - 1, BINS - 2)
+        size = tl.maximum(last - first, 0) + 1
+        down = tl.where(size == 1, 3, tl.where(size <= 3, 2, tl.where(size <= 7, 1, 0)))
+        narrower = tl.maximum(shift - down, 0)
+        # What the new bins have more than is needed lies on both sides.
+        spare = (((BINS - 2) << narrower) - (size.to(tl.int64) << shift)) // 2
+        tl.store(lowest + tensor, tl.maximum(low + ((first - 1).to(tl.int64) << shift) - spare, 0))
+        tl.store(shifts + tensor, narrower)
+    else:
+        digit = tl.sum((reached >= number).to(tl.int32), axis=0) - 1
+        found = (digit > 0) & (digit < BINS - 1)
+        key = low + ((digit - 1).to(tl.int64) << shift)
+        if found & (shift == 0):
+            tl.store(settled + tensor, 1)
+            tl.store(thresholds + tensor, key)
+            tl.store(digits + tensor, digit.to(tl.int64))
+            tl.store(left + tensor, number - tl.sum(tl.where(bin == digit + 1, reached, 0), axis=0))
+        else:
+            tl.store(lowest + tensor, tl.where(found, key, 0))
+            tl.store(shifts + tensor, tl.where(found, tl.maximum(shift - 3, 0), BITS - 3))
 
 
 @triton.jit
@@ -205,50 +279,39 @@ def _pick_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(ranges + program * 3)
-    start = tl.load(ranges + program * 3 + 1) * CHUNK
-    count = tl.load(ranges + program * 3 + 2).to(tl.int32)
-    source = address_of(scores, tensor, DTYPE, 1)
-    if ALIGNED:
-        source = tl.multiple_of(source, 16)
-    source = source + start
-    place = tl.load(begins + tensor) + start // 8
+    tensor, start, count, source, bits = _place(scores, packed, begins, ranges, DTYPE, ALIGNED, CHUNK)
+    place = chosen + tl.load(begins + tensor) + start // 8
     seed = tl.load(seeds + tensor) if RANDOM else 0
     threshold = tl.load(thresholds + tensor).to(tl.int32)
-    quota = tl.load(quotas + program).to(tl.int32)
+    quota = tl.load(quotas + tl.program_id(0)).to(tl.int32)
     bit = tl.arange(0, 8)
     # In all chunks of a tensor but one, all ties are chosen or none.
     some = (quota > 0) & (quota < CHUNK)
+    least = threshold - (quota != 0).to(tl.int32)  # keys above this
     left = quota
-    for b in range(0, tl.cdiv(count, BLOCK)):
-        key, eligible, _, _ = _block(source, packed + place, seed, start, count, b, GROW, RANDOM, BLOCK)
-        taken = (eligible & ((key > threshold) | ((key == threshold) & (quota != 0)))).to(tl.int32)
+    end = tl.cdiv(count, BLOCK)
+    byte, held, value = _load(source, bits, count, 0, RANDOM, BLOCK, 1)
+    for b in range(0, end):
+        now, mask, score = byte, held, value
+        byte, held, value = _load(source, bits, count, tl.minimum(b + 1, end - 1), RANDOM, BLOCK, 1)
+        key, _, _, eligible, allowed = _block(now, mask, score, seed, start, count, GROW, RANDOM)
+        result = tl.sum(((least - key) >> 31) & (1 << bit)[None, :], axis=1) & allowed
         if some:
-            tied = (eligible & (key == threshold)).to(tl.int32)
+            tied = eligible & (key == threshold).to(tl.int32)
             per_byte = tl.sum(tied, axis=1)
             before = (tl.cumsum(per_byte, axis=0) - per_byte)[:, None] + (tl.cumsum(tied, axis=1) - tied)
-            taken = tl.where((tied != 0) & (before >= left), 0, taken)
+            result -= tl.sum((tied & (before >= left).to(tl.int32)) << bit[None, :], axis=1)
             left -= tl.sum(per_byte, axis=0)
-        byte = b * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-        result = tl.sum(taken << bit[None, :], axis=1)
-        tl.store(chosen + place + byte, result.to(tl.uint8), mask=byte * 8 < count)
-
-
-def _last_digit(bins: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest digit that ``left`` keys have or are above (the largest of all for none), and how many have it."""
-    reached = bins.flip(1).cumsum(1).flip(1)
-    digit = ((reached >= left[:, None]).sum(1) - 1).clamp_(min=0)
-    above = torch.cat([reached, reached.new_zeros(len(bins), 1)], 1).gather(1, digit[:, None] + 1)[:, 0]
-    return digit, left - above
+        tl.store(place + now, result.to(tl.uint8), mask=now * 8 < count)
 
 
 def _share_in_sample(sizes: Sequence[int]) -> Tensor:
-    """fp64[T] on the CPU: the share of a tensor's entries in the blocks that a sample has."""
+    """fp64[T] on the CPU: the share of a tensor's entries that a sample has."""
     ranges = ranges_of(sizes, CHUNK)
-    blocks = (ranges[:, 2] + BLOCK - 1) // BLOCK
-    block = torch.arange(len(ranges)) % SAMPLE % blocks
-    looked = (ranges[:, 2] - block * BLOCK).clamp(max=BLOCK)  # SAMPLE blocks at most, so that no chunk has a second one
+    count = ranges[:, 2]
+    piece = torch.arange(len(ranges)) % SAMPLE % ((count + PIECE - 1) // PIECE)
+    begins = torch.arange(SAMPLE) * (CHUNK // SAMPLE) + piece[:, None] * PIECE
+    looked = (count[:, None] - begins).clamp(0, PIECE).sum(1)
     found = torch.zeros(len(sizes), dtype=torch.int64).index_add_(0, ranges[:, 0], looked)
     return found.double() / torch.tensor(sizes, dtype=torch.int64).clamp(min=1)
 
@@ -272,57 +335,49 @@ def select_entries(
         return chosen, odd, torch.zeros((), dtype=torch.float64, device=device)
     ranges = kept_table(("ranges", CHUNK, sizes), device, lambda: ranges_of(sizes, CHUNK))
     table = kept_table(("masks", sizes), device, lambda: torch.tensor(begins, dtype=torch.int64))
+    share = kept_table(("sampled", SAMPLE, sizes), device, lambda: _share_in_sample(sizes))
     programs, tensors = len(ranges), len(sizes)
     rows = torch.empty((programs, BINS), dtype=torch.int32, device=device)
     squares = torch.zeros(programs, device=device)
-    key_bits = 24 if random else 15 if found.dtype.itemsize == 2 else 31
+    bits = 24 if random else 15 if found.dtype.itemsize == 2 else 31
     constants = {
         "DTYPE": TL_DTYPES[found.dtype], "ALIGNED": found.aligned, "GROW": grow, "RANDOM": random, "CHUNK": CHUNK,
-        "BLOCK": BLOCK, "num_warps": 8,
     }  # fmt: skip
+    bins = torch.zeros((tensors, BINS), dtype=torch.int64, device=device)
+    lowest, digits, left = (torch.zeros_like(counts) for _ in range(3))
+    shifts = torch.full_like(counts, bits - 3)
+    nothing = counts == 0
+    settled = nothing.to(torch.uint8)
+    # Above the highest key there is none; all are above -1, should more be wanted than there are.
+    thresholds = torch.where(nothing, HIGHEST, -1)
 
-    def counted(prefix: Tensor, shift: int, width: int, done: Tensor | None = None, **how: bool | int) -> Tensor:
-        bins = torch.zeros((tensors, BINS), dtype=torch.int64, device=device)
-        flags = {"ALL": False, "LAST": False, "NEAR": False, "SAMPLE": 1, "DONE": done is not None, **how}
+    def narrowed(wanted: Tensor, slack: Tensor | None, everything: bool = False) -> None:
+        sample = 1 if slack is None else SAMPLE
         _count_kernel[(programs,)](
-            found.table, seeds, packed, table, ranges, prefix, done, bins, rows, odd, squares, shift, width, BINS=BINS, **flags,
-            **constants,
+            found.table, seeds, packed, table, ranges, lowest, shifts, settled, bins, rows, odd, squares, ALL=everything,
+            SAMPLE=sample, BLOCK=BLOCK if sample == 1 else CHUNK // SAMPLE, BINS=BINS, num_warps=8, **constants,
         )  # fmt: skip
-        return bins
-
-    def search(left: Tensor, done: Tensor | None = None, sample: int = 1, everything: bool = False) -> Chosen:
-        """The last of the ``left`` largest keys, digit by digit."""
-        prefix, shift = torch.zeros_like(counts), key_bits
-        chosen_by = Chosen(prefix, prefix, left)
-        while shift:
-            width, first = min(DIGIT, shift), shift == key_bits
-            shift -= width
-            last = shift == 0 and sample == 1
-            bins = counted(prefix, shift, width, done, SAMPLE=sample, ALL=first and everything, LAST=last)
-            digit, left = _last_digit(bins, left)
-            # Where nothing is chosen every digit is the largest; no key is above it.
-            prefix = ((prefix << width) + digit).clamp_(max=HIGHEST)
-            chosen_by = Chosen(prefix, digit, left)
-        return chosen_by
+        _narrow_kernel[(tensors,)](
+            bins, wanted, slack, lowest, shifts, settled, thresholds, digits, left, BITS=bits, SAMPLE=sample > 1, BINS=BINS,
+            num_warps=1,
+        )  # fmt: skip
 
     with torch.cuda.device_of(packed):
-        if key_bits == 15:
-            share = kept_table(("sampled", sizes), device, lambda: _share_in_sample(sizes))
-            guess = search((counts * share).round().clamp_(min=1).to(torch.int64), sample=SAMPLE).key
-            near = (guess - (BINS - 2) // 2).clamp_(0, (1 << key_bits) - (BINS - 2))
-            digit, left = _last_digit(counted(near, 0, 0, ALL=True, LAST=True, NEAR=True), counts)
-            nothing = counts == 0
-            done = nothing | ((digit > 0) & (digit < BINS - 1))
-            long = search(counts, done.to(torch.uint8))
-            threshold = torch.where(nothing, HIGHEST, torch.where(done, near + digit - 1, long.key))
-            digit, left = torch.where(done, digit, long.digit), torch.where(done, left, long.left)
-        else:
-            threshold, digit, left = search(counts, everything=True)
+        wanted = (counts * share).round().clamp_(min=1)
+        slack = (4 * wanted.sqrt() + wanted / 256).to(torch.int64)
+        wanted = wanted.to(torch.int64)
+        for _ in range(bits // 3):
+            narrowed(wanted, slack)
+        # A window of a sample, one more where the key is not in it, and bins from 2^(bits - 3) keys down to one.
+        for number in range(2 + (bits - 1) // 3):
+            narrowed(counts, None, everything=number == 0)
         owner, block = ranges[:, 0], ranges[:, 1]
-        ties = rows.gather(1, digit[owner][:, None])[:, 0].to(torch.int64)
+        ties = rows.gather(1, digits[owner][:, None])[:, 0].to(torch.int64)
         before = ties.cumsum(0) - ties
         before = before - before[torch.arange(programs, device=device) - block]
         wanted = left[owner] - before
         quotas = torch.where((wanted > 0) & (wanted >= ties), CHUNK, wanted.clamp(min=0))
-        _pick_kernel[(programs,)](found.table, seeds, packed, table, ranges, threshold, quotas, chosen, **constants)
+        _pick_kernel[(programs,)](
+            found.table, seeds, packed, table, ranges, thresholds, quotas, chosen, BLOCK=BLOCK, num_warps=4, **constants
+        )  # fmt: skip
         return chosen, odd, squares.sum(dtype=torch.float64)

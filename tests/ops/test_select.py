@@ -118,10 +118,10 @@ def test_neighbouring_numbers(
 def test_scores_that_change_along_a_tensor(
     device: torch.device, dtype: torch.dtype, grow: bool, mask_of: Callable, same_bits: Callable
 ) -> None:
-    """Kernels look at some blocks of 4096 first: here these are unlike the others, or the scores are sorted."""
+    """Kernels look at some pieces of 512 first: here these are unlike the others, or the scores are sorted."""
     n = 2 * 32768 + 5000
-    block = torch.arange(n) // 4096
-    unlike = torch.randn(n) * torch.where(block % 8 == block // 8, 100.0, 1.0)
+    place = torch.arange(n)
+    unlike = torch.randn(n) * torch.where(place // 512 % 8 == place // 32768, 100.0, 1.0)
     scores = [unlike.to(dtype), torch.randn(n).abs().sort().values.to(dtype), torch.randn(9000).to(dtype)]
     masks = [mask_of(score.numel(), 0.3) for score in scores]
     for share in (0.02, 0.4):

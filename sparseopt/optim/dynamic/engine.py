@@ -248,7 +248,7 @@ class DynamicSparsity:
             Move(before, self.pattern.swaps(layer, fraction, before, after), after)
             for layer, before, after in zip(self.layers, now, counts, strict=True)
         ]
-        moved, returned, packed, squares = self._choose(moves, step, gradients)
+        moved, returned, packed, squares, copies = self._choose(moves, step, gradients)
         self.close()
         for group, found, bits, left in moved:
             leaving = [i for i, position in enumerate(group.positions) if moves[position].leaving]
@@ -257,6 +257,8 @@ class DynamicSparsity:
             elif self.dropped == "rewind":
                 self._rewind(group, found.gone, leaving)
             group.bits, group.left = bits, left
+        for copy in copies:
+            copy.synchronize()
         before = self.masks.active_parameters
         known = {layer.name: count for layer, count in zip(self.layers, counts, strict=True)}
         self.masks = MaskSet({name: packed[name] for name in self.masks.names}, self.masks.shapes, copy_bits=False,
@@ -281,17 +283,18 @@ class DynamicSparsity:
 
     def _choose(
         self, moves: Sequence[Move], step: int, gradients: bool
-    ) -> tuple[list[tuple[Group, Moved, Tensor, Tensor]], int, dict[str, Tensor], float]:
+    ) -> tuple[list[tuple[Group, Moved, Tensor, Tensor]], int, dict[str, Tensor], float, list[torch.cuda.Event]]:
         """What leaves and comes in every layer; nothing has changed yet.
 
         Returns:
             By group of layers: what moves, the new masks, and all that ever left; how many of what came had left before; the
-            new masks by name, packed, on the CPU; the sum of squares of the inactive entries' gradients.
+            new masks by name, packed, on the CPU; the sum of squares of the inactive entries' gradients; the copies to the CPU
+            that may be under way.
         """
         if self._grouped is not self.masks or any(not group.fits() for group in self._groups):
             self._groups, self._grouped = groups_of(self.layers, self.masks, self._left_by_name()), self.masks
         random = (self.seed, step) if self.plan.growth == "random" else None
-        result, packed, facts = [], dict[str, Tensor](), []
+        result, packed, facts, copies = [], dict[str, Tensor](), [], list[torch.cuda.Event]()
         for group in self._groups:
             mine = [moves[position] for position in group.positions]
             dense = [self.gradients.pop(layer) for layer in group.layers] if gradients else None
@@ -301,12 +304,16 @@ class DynamicSparsity:
                 found = choose_each(group, dense, mine, random, self.pattern, self.criterion)
             bits, left = (group.bits & ~found.gone) | found.came, group.left | found.gone
             back = functional.popcount(group.left & found.came)
-            packed |= group.by_name(to_host(bits))
-            # Exact in fp64; one transfer, after which those before it have arrived as well.
+            # Exact in fp64; one transfer.
             facts.append(torch.cat([back.view(1), found.nan, found.odd, found.squares.view(1)]).double())
             result.append((group, found, bits, left))
+        told = [fact.tolist() for fact in facts]
+        for group, _, bits, _ in result:  # now: the few numbers would wait behind these
+            host, copy = to_host(bits)
+            packed |= group.by_name(host)
+            copies += [copy] if copy is not None else []
         returned, squares = 0, 0.0
-        for group, numbers in zip(self._groups, [fact.tolist() for fact in facts], strict=True):
+        for group, numbers in zip(self._groups, told, strict=True):
             count = len(group.layers)
             for layer, nan, odd, position in zip(
                 group.layers, numbers[1:], numbers[1 + count :], group.positions, strict=False
@@ -319,7 +326,7 @@ class DynamicSparsity:
                         f"gradients of {layer.name!r} in step {step} are not finite: they count as 0.", stacklevel=4
                     )
             returned, squares = returned + int(numbers[0]), squares + numbers[-1]
-        return result, returned, packed, squares
+        return result, returned, packed, squares, copies
 
     def _next_counts(self, sparsity: float) -> list[int]:
         """Active entries of each layer after an update: as they are, unless the sparsity changes."""

@@ -78,12 +78,17 @@ def groups_of(layers: Sequence[Layer], masks: MaskSet, left: Mapping[str, Tensor
     return groups
 
 
-def to_host(vector: Tensor) -> Tensor:
-    """``vector`` on the CPU; from a GPU the copy has arrived when the stream has."""
+def to_host(vector: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """``vector`` on the CPU. From a GPU it comes beside what is launched afterwards: it is there when the event says so."""
     if vector.device.type != "cuda":
-        return vector.cpu()
+        return vector.cpu(), None
     host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-    return host.copy_(vector, non_blocking=True)
+    beside = torch.cuda.Stream(vector.device)
+    beside.wait_stream(torch.cuda.current_stream(vector.device))
+    with torch.cuda.stream(beside):
+        host.copy_(vector, non_blocking=True)
+    vector.record_stream(beside)
+    return host, beside.record_event()
 
 
 @torch.no_grad()
