@@ -5,11 +5,11 @@ scores: T tensors of one dtype; packed: uint8[B], their masks one behind the oth
 Every score becomes a key, a whole number of 15 (16-bit scores), 31 or 24 (random) bits: the bits of |score|, subtracted from
 their largest value where the smallest is wanted, so that the largest keys are chosen.
 
-All tensors at once narrow down where the last chosen key lies: a launch counts, tensor by tensor, the keys in 14 bins of 2^shift
-keys from some lowest one on, those below and those above, and a small one then sets lowest and shift of the bin that has the
-wanted one, until a bin is a single key. It begins with every 16th entry (a few bytes in every part of a tensor), as long as these
-tell a bin with certainty; the window that is left nearly always holds the key, so that of 16-bit scores all entries are read once
-or twice. A tensor whose key is not in it begins anew with all keys and all entries: what a sample says never matters to the
+All tensors at once narrow down where the last chosen key lies: a launch counts, tensor by tensor, the keys in 16 bins of 2^shift
+keys from some lowest one on (keys below in the first, above in the last), and a small one then sets lowest and shift to the bin
+that has the wanted one, until a bin is a single key. It begins with every 16th entry (a few bytes in every part of a tensor), which
+leave a window as wide as they are uncertain; nearly always the first launch over all entries finds the wanted key in it, so that
+16-bit scores are read once to three times. Otherwise the tensor begins anew with all keys: what a sample says never matters to the
 result. Tensors that are settled cost the launches that follow next to nothing.
 
 The last launch writes the chosen entries: keys above the last one, and of the equal ones the first by index, for which the counts
@@ -36,7 +36,7 @@ CHUNK = 32768  # entries of a program
 BLOCK = 2048  # entries at a time
 SAMPLE = 16  # one entry in so many is looked at first,
 PIECE = CHUNK // SAMPLE**2  # in pieces of so many, one in each part of a chunk
-BINS = 16  # keys below, 14 times 2^shift keys, keys above
+BINS = 16
 HIGHEST = torch.iinfo(torch.int32).max
 
 
@@ -192,7 +192,7 @@ def _count_kernel(
         if SAMPLE == 1:  # the next block arrives while this one is counted
             byte, held, value = _load(source, bits, count, tl.minimum(b + 1, end - 1), RANDOM, BLOCK, SAMPLE)
         key, magnitude, wrong, eligible, _ = _block(now, mask, score, seed, start, count, GROW, RANDOM)
-        digit = tl.minimum(tl.maximum(((key - low) >> shift) + 1, 0), BINS - 1)
+        digit = tl.minimum(tl.maximum((key - low) >> shift, 0), BINS - 1)
         fields = tl.sum(eligible.to(tl.int64) << (digit * 4).to(tl.int64), axis=1)
         even += fields & BYTES
         uneven += (fields >> 4) & BYTES
@@ -228,8 +228,9 @@ def _narrow_kernel(
     lowest, shifts, settled,  # as of the counting, changed
     thresholds,  # int64 [T], the last chosen key, once settled
     digits,  # int64 [T], its bin
-    left,  # int64 [T], how many keys equal to it are chosen
+    left,  # int64 [T], how many keys are above the bins; once settled, how many equal to the last one are chosen
     BITS: tl.constexpr,  # of keys
+    WINDOW: tl.constexpr,  # a sample's: the wanted key may be outside
     SAMPLE: tl.constexpr,
     BINS: tl.constexpr,
 ):  # fmt: skip
@@ -243,27 +244,42 @@ def _narrow_kernel(
     low, shift, number = tl.load(lowest + tensor), tl.load(shifts + tensor), tl.load(wanted + tensor)
     if SAMPLE:
         room = tl.load(slack + tensor)
-        first = tl.maximum(tl.sum((reached >= number + room).to(tl.int32), axis=0) - 1, 1)
-        last = tl.minimum(tl.sum((reached >= tl.maximum(number - room, 1)).to(tl.int32), axis=0) - 1, BINS - 2)
-        size = tl.maximum(last - first, 0) + 1
-        down = tl.where(size == 1, 3, tl.where(size <= 3, 2, tl.where(size <= 7, 1, 0)))
+        first = tl.maximum(tl.sum((reached >= number + room).to(tl.int32), axis=0) - 1, 0)
+        last = tl.maximum(tl.sum((reached >= tl.maximum(number - room, 1)).to(tl.int32), axis=0) - 1, first)
+        size = (last - first + 1).to(tl.int64)
+        down = tl.where(size == 1, 3, tl.where(size <= 3, 2, tl.where(size <= 7, 1, 0)))  # a bin is left on both sides
         narrower = tl.maximum(shift - down, 0)
-        # What the new bins have more than is needed lies on both sides.
-        spare = (((BINS - 2) << narrower) - (size.to(tl.int64) << shift)) // 2
-        tl.store(lowest + tensor, tl.maximum(low + ((first - 1).to(tl.int64) << shift) - spare, 0))
+        spare = ((tl.full((), BINS, tl.int64) << narrower) - (size << shift)) // 2
+        tl.store(lowest + tensor, tl.maximum(low + (first.to(tl.int64) << shift) - spare, 0))
         tl.store(shifts + tensor, narrower)
     else:
-        digit = tl.sum((reached >= number).to(tl.int32), axis=0) - 1
-        found = (digit > 0) & (digit < BINS - 1)
-        key = low + ((digit - 1).to(tl.int64) << shift)
-        if found & (shift == 0):
-            tl.store(settled + tensor, 1)
-            tl.store(thresholds + tensor, key)
-            tl.store(digits + tensor, digit.to(tl.int64))
-            tl.store(left + tensor, number - tl.sum(tl.where(bin == digit + 1, reached, 0), axis=0))
-        else:
-            tl.store(lowest + tensor, tl.where(found, key, 0))
-            tl.store(shifts + tensor, tl.where(found, tl.maximum(shift - 3, 0), BITS - 3))
+        digit = (tl.sum((reached >= number).to(tl.int32), axis=0) - 1).to(tl.int64)
+        if WINDOW and ((digit == 0) | (digit == BINS - 1)):
+            tl.store(lowest + tensor, 0)
+            tl.store(shifts + tensor, BITS - 4)
+        elif digit >= 0:  # else more are wanted than there are
+            above = tl.sum(tl.where(bin == digit + 1, reached, 0), axis=0)
+            if digit == BINS - 1:
+                above = tl.load(left + tensor)
+            key = low + (digit << shift)
+            if shift == 0:
+                tl.store(settled + tensor, 1)
+                tl.store(thresholds + tensor, key)
+                tl.store(digits + tensor, digit)
+                tl.store(left + tensor, number - above)
+            else:
+                # Single keys are never the first or the last of the bins, which have others as well. Else the new bins end
+                # where this one does: what is above it is above them.
+                narrower, one = tl.where(shift <= 3, 0, tl.maximum(shift - 4, 1)), tl.full((), 1, tl.int64)
+                begin = key + (one << shift) - (BINS * one << narrower)
+                tl.store(lowest + tensor, tl.maximum(tl.where(shift <= 3, key - 4, begin), 0))
+                tl.store(shifts + tensor, narrower)
+                tl.store(left + tensor, above)
+
+
+def _rounds(shift: int) -> int:
+    """Launches from bins of 2^shift keys down to single ones."""
+    return 1 if shift == 0 else 1 + _rounds(0 if shift <= 3 else max(shift - 4, 1))
 
 
 @triton.jit
@@ -324,10 +340,8 @@ def select_entries(
     begins, random = mask_begins(sizes), seeds is not None
     if packed.numel() != begins[-1] or packed.dtype != torch.uint8 or not packed.is_contiguous():
         raise ValueError(f"the masks of these tensors take {begins[-1]} bytes of one vector, got {packed.numel()}.")
-    for vector in (counts, seeds):
-        if vector is not None and (
-            vector.shape != (len(sizes),) or vector.dtype != torch.int64 or vector.device != device
-        ):
+    for vector in (counts,) if seeds is None else (counts, seeds):
+        if vector.shape != (len(sizes),) or vector.dtype != torch.int64 or vector.device != device:
             raise ValueError(f"counts and seeds must be int64[{len(sizes)}] on {device}, got {vector.dtype}.")
     chosen, odd = torch.zeros_like(packed), torch.zeros_like(counts)
     found = describe("scores", scores, device)
@@ -339,27 +353,28 @@ def select_entries(
     programs, tensors = len(ranges), len(sizes)
     rows = torch.empty((programs, BINS), dtype=torch.int32, device=device)
     squares = torch.zeros(programs, device=device)
-    bits = 24 if random else 15 if found.dtype.itemsize == 2 else 31
+    key_bits = 24 if random else 15 if found.dtype.itemsize == 2 else 31
     constants = {
         "DTYPE": TL_DTYPES[found.dtype], "ALIGNED": found.aligned, "GROW": grow, "RANDOM": random, "CHUNK": CHUNK,
     }  # fmt: skip
     bins = torch.zeros((tensors, BINS), dtype=torch.int64, device=device)
     lowest, digits, left = (torch.zeros_like(counts) for _ in range(3))
-    shifts = torch.full_like(counts, bits - 3)
+    shifts = torch.full_like(counts, key_bits - 4)
     nothing = counts == 0
     settled = nothing.to(torch.uint8)
     # Above the highest key there is none; all are above -1, should more be wanted than there are.
     thresholds = torch.where(nothing, HIGHEST, -1)
 
-    def narrowed(wanted: Tensor, slack: Tensor | None, everything: bool = False) -> None:
+    def narrowed(wanted: Tensor, slack: Tensor | None, window: bool) -> None:
         sample = 1 if slack is None else SAMPLE
         _count_kernel[(programs,)](
-            found.table, seeds, packed, table, ranges, lowest, shifts, settled, bins, rows, odd, squares, ALL=everything,
-            SAMPLE=sample, BLOCK=BLOCK if sample == 1 else CHUNK // SAMPLE, BINS=BINS, num_warps=8, **constants,
+            found.table, seeds, packed, table, ranges, lowest, shifts, settled, bins, rows, odd, squares,
+            ALL=window and sample == 1, SAMPLE=sample, BLOCK=BLOCK if sample == 1 else CHUNK // SAMPLE, BINS=BINS,
+            num_warps=8, **constants,
         )  # fmt: skip
         _narrow_kernel[(tensors,)](
-            bins, wanted, slack, lowest, shifts, settled, thresholds, digits, left, BITS=bits, SAMPLE=sample > 1, BINS=BINS,
-            num_warps=1,
+            bins, wanted, slack, lowest, shifts, settled, thresholds, digits, left, BITS=key_bits, WINDOW=window,
+            SAMPLE=sample > 1, BINS=BINS, num_warps=1,
         )  # fmt: skip
 
     with torch.cuda.device_of(packed):
@@ -367,11 +382,11 @@ def select_entries(
         # A tensor that lies outside of it costs its own entries some launches more, a wider window all of them.
         slack = (2.5 * wanted.sqrt() + wanted / 256).to(torch.int64)
         wanted = wanted.to(torch.int64)
-        for _ in range(bits // 3):
-            narrowed(wanted, slack)
-        # A window of a sample, one more where the key is not in it, and bins from 2^(bits - 3) keys down to one.
-        for number in range(2 + (bits - 1) // 3):
-            narrowed(counts, None, everything=number == 0)
+        for _ in range(key_bits // 3):
+            narrowed(wanted, slack, window=True)
+        narrowed(counts, None, window=True)
+        for _ in range(max(_rounds(shift) for shift in range(key_bits - 3))):
+            narrowed(counts, None, window=False)
         owner, block = ranges[:, 0], ranges[:, 1]
         ties = rows.gather(1, digits[owner][:, None])[:, 0].to(torch.int64)
         before = ties.cumsum(0) - ties

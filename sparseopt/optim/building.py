@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparseopt._sharded import local, mesh_of
 from sparseopt.masks.maskset import MaskSet
 from sparseopt.optim import arguments, sharding, structured
 from sparseopt.optim.arena import Arena
 from sparseopt.optim.arguments import refuse_shared_storage
-from sparseopt.optim.remapping import change_masks
+from sparseopt.optim.remapping import change_masks, forget_cohort
 
 if TYPE_CHECKING:
     from sparseopt.optim.sparse_adamw import SparseAdamW
@@ -23,9 +24,7 @@ __all__ = ["build", "mask_new_parameters", "update_masks"]
 def build(optimizer: SparseAdamW) -> None:
     """(Re)builds the arenas where groups, parameters or masks are not those they were built for."""
     glance = [
-        (id(p), sharding.local(p).data_ptr(), i, g["amsgrad"])
-        for i, g in enumerate(optimizer.param_groups)
-        for p in g["params"]
+        (id(p), local(p).data_ptr(), i, g["amsgrad"]) for i, g in enumerate(optimizer.param_groups) for p in g["params"]
     ]
     if not optimizer._dirty and glance == optimizer._glance:
         return  # moving a parameter or changing its dtype moves its data
@@ -36,19 +35,19 @@ def build(optimizer: SparseAdamW) -> None:
     built = (amsgrad, [(id(p), g, p.device, p.dtype) for _, p, g in layout])
     if not optimizer._dirty and built == optimizer._built:
         return
-    refuse_shared_storage((name, sharding.local(param)) for name, param, _ in layout)
+    refuse_shared_storage((name, local(param)) for name, param, _ in layout)
     saved = {**optimizer._extract(), **optimizer._saved}
     masks = optimizer._current_masks()
     buckets: dict[tuple[torch.device, torch.dtype, Any], list[int]] = {}
     for i, (_, param, _) in enumerate(layout):
-        held = sharding.local(param)
-        buckets.setdefault((held.device, held.dtype, sharding.mesh_of(param)), []).append(i)
+        held = local(param)
+        buckets.setdefault((held.device, held.dtype, mesh_of(param)), []).append(i)
     pending = {} if optimizer._capture is None else optimizer._capture.pending()
     arenas, slots = [], {}
     for (_, _, mesh), members in buckets.items():
         names, params, groups = zip(*(layout[i] for i in members), strict=True)
         arena = Arena(
-            names, [sharding.local(p) for p in params], [masks[n] for n in names], groups, amsgrad=amsgrad,
+            names, [local(p) for p in params], [masks[n] for n in names], groups, amsgrad=amsgrad,
             master_weights=optimizer._options["master_weights"],
         )  # fmt: skip
         arena.owners, arena.mesh = params, mesh
@@ -113,10 +112,22 @@ def update_masks(
     optimizer._left.before_update(optimizer, given, old, near)
     optimizer._known.update({name: given.packed(name) for name in given.names})
     optimizer._near = {name: bits for name, bits in optimizer._near.items() if name not in given} | near
+    born: list[tuple[Arena, Tensor]] = []
     for arena in optimizer._arenas:
         changed = [t for t, name in enumerate(arena.names) if name in given]
         if changed:
-            change_masks(arena, [optimizer._near.get(name, optimizer._known[name]) for name in arena.names], changed)
+            bits = [optimizer._near.get(name, optimizer._known[name]) for name in arena.names]
+            if (new := change_masks(arena, bits, changed)) is not None:
+                born.append((arena, new))
             optimizer._left.take_back(arena)
+    _refresh(optimizer)  # while the device still moves entries
+    if empty := [arena for arena, new in born if not bool(new)]:
+        for arena in empty:
+            forget_cohort(arena)
+        _refresh(optimizer)
+
+
+def _refresh(optimizer: SparseAdamW) -> None:
+    """``optimizer.state`` says what the arenas have."""
     for param, (arena, t) in optimizer._slots.items():
         optimizer.state[param] = arena.state(t)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparseopt._sharded import local, offloaded
 from sparseopt.optim import distributed, structured
-from sparseopt.optim.sharding import local, offloaded
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel

@@ -16,11 +16,12 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from sparseopt import functional
+from sparseopt._sharded import local
 from sparseopt.masks.maskset import normalize_name
 from sparseopt.optim.arena import Arena, Saved
 from sparseopt.optim.capture import GradientCapture
 from sparseopt.optim.chunk import Chunk
-from sparseopt.optim.sharding import Region, cut_state, group_of, local, settle
+from sparseopt.optim.sharding import Region, cut_state, group_of, settle
 
 if TYPE_CHECKING:
     from sparseopt.optim.sparse_adamw import SparseAdamW

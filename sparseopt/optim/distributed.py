@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from sparseopt._sharded import is_sharded
 from sparseopt.optim import sharding
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def several_processes(optimizer: SparseAdamW | None = None) -> bool:
 
 def plain_parameters(optimizer: SparseAdamW) -> list[Tensor]:
     """Parameters that every process holds as a whole."""
-    return [p for group in optimizer.param_groups for p in group["params"] if not sharding.is_sharded(p)]
+    return [p for group in optimizer.param_groups for p in group["params"] if not is_sharded(p)]
 
 
 # ---- finding and changing DDP --------------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def check_agreement(optimizer: SparseAdamW) -> None:
                 f"capture_gradients is {everyone[0][1]} on rank 0 and {other[1]} on rank {rank}: give every rank the same."
             )
         if other[2] != everyone[0][2]:
-            names = [name for name, param, _ in optimizer._layout() if not sharding.is_sharded(param)]
+            names = [name for name, param, _ in optimizer._layout() if not is_sharded(param)]
             first = next(i for i, (a, b) in enumerate(zip(everyone[0][2], other[2], strict=True)) if a != b)
             raise RuntimeError(
                 f"the weights differ between rank 0 and rank {rank} (parameter {names[first]!r}): wrap the model in "

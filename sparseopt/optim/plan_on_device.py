@@ -71,7 +71,9 @@ def _together(
     owner = torch.searchsorted(firsts, cut, right=True) - 1
     middle = 1 << 15 if dtype == torch.int16 else 0
     base = indices[cut] + middle
-    offsets = (indices - torch.repeat_interleave(base, size, output_size=total)).to(dtype)
+    offsets = torch.empty(total + 1, dtype=dtype, device=device)  # the first one is nobody's
+    offsets[0] = 0
+    torch.sub(indices, torch.repeat_interleave(base, size, output_size=total), out=offsets[1:])
 
     all_counts = [0 if t in empty else numel for t, numel in enumerate(numels)]
     for t, count in zip(members, counts, strict=True):
@@ -99,7 +101,7 @@ def _together(
         first_chunk.append(first_chunk[-1] + number)
     return IndexPlan(
         tuple(numels), tuple(all_counts), tuple(starts), tuple(0 if mask is None else 1 for mask in packed),
-        torch.cat([offsets.new_zeros(1), offsets]), chunks, tuple(first_chunk),
+        offsets, chunks, tuple(first_chunk),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from sparseopt.optim.plan_on_device import build_on_device
 if TYPE_CHECKING:
     from sparseopt.optim.arena import Arena
 
-__all__ = ["change_masks"]
+__all__ = ["change_masks", "forget_cohort"]
 
 # Entries (and the rest of their tensor) that follow new masks in one launch: more make fewer launches, and need more memory.
 ENTRIES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -24,7 +24,7 @@ MAX_COHORTS = 256
 
 
 @torch.no_grad()
-def change_masks(arena: Arena, packed: Sequence[Tensor | None], changed: Sequence[int]) -> None:
+def change_masks(arena: Arena, packed: Sequence[Tensor | None], changed: Sequence[int]) -> Tensor | None:
     """Other entries are active from now on.
 
     Survivors keep all they have; new entries have zero moments, age 0, and the weight that is there as master and base.
@@ -34,6 +34,9 @@ def change_masks(arena: Arena, packed: Sequence[Tensor | None], changed: Sequenc
     Args:
         packed: of every tensor, None: all active.
         changed: positions of the tensors whose mask may be another one.
+
+    Returns:
+        Whether any entry is new, bool[] on the device, if that has to be known: :func:`forget_cohort` where none is.
     """
     old = arena.plan
     if arena.device.type == "cpu":
@@ -56,12 +59,17 @@ def change_masks(arena: Arena, packed: Sequence[Tensor | None], changed: Sequenc
                     source.copy_(target)
                 else:
                     setattr(arena, name, target)
-    if arena.cohorts is not None and arena.births is not None and not bool((arena.cohorts == born).any()):
-        arena.births = arena.births[:, :born].contiguous()  # nothing was new
-        if born == 1:
-            arena.cohorts = arena.births = None
     arena.follow_plan()
     arena.forget_versions()
+    return (arena.cohorts == born).any() if arena.cohorts is not None and born else None
+
+
+def forget_cohort(arena: Arena) -> None:
+    """Nothing was new when masks changed last: no cohort was born."""
+    assert arena.births is not None
+    arena.births = arena.births[:, :-1].contiguous()
+    if arena.births.shape[1] == 1:
+        arena.cohorts = arena.births = None
 
 
 def _spans(arena: Arena, changed: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Parameters of which a process holds a shard (FSDP2): their local tensors, and which part of a mask belongs to them.
+"""Parameters of which a process holds a shard (FSDP2): which part of a mask and of the state belongs to it.
 
 ``fully_shard`` makes parameters DTensors with placement ``Shard(0)``: a process holds consecutive rows, so a range of flat
 indices, so a range of the sorted active entries. A range may be empty, and ranges differ in length.
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sparseopt import functional
+from sparseopt._sharded import group_of_shards, held_entries, is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,46 +27,12 @@ __all__ = [
     "count_of",
     "cut_state",
     "group_of",
-    "is_sharded",
-    "local",
-    "mesh_of",
-    "offloaded",
     "refuse",
     "region_of",
     "settle",
     "slice_bits",
     "sum_over_shards",
 ]
-
-
-def _dtensor_type() -> Any:
-    # Importing it takes long: who has a DTensor has imported it.
-    import sys
-
-    module = sys.modules.get("torch.distributed.tensor")
-    return None if module is None else getattr(module, "DTensor", None)
-
-
-def is_sharded(param: Tensor) -> bool:
-    """Whether a parameter is a DTensor."""
-    if type(param) in (Tensor, torch.nn.Parameter):
-        return False
-    kind = _dtensor_type()
-    return kind is not None and isinstance(param, kind)
-
-
-def local(tensor: Any) -> Tensor:
-    """What this process holds of a tensor: the tensor itself, or a DTensor's own shard."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor
-
-
-def mesh_of(param: Any) -> DeviceMesh | None:
-    return param.device_mesh if is_sharded(param) else None
-
-
-def offloaded(param: Any) -> bool:
-    """Whether this process keeps its part of a sharded parameter in the host's memory (``CPUOffloadPolicy``)."""
-    return is_sharded(param) and param._local_tensor.device.type != param.device_mesh.device_type
 
 
 @dataclass(frozen=True)
@@ -136,22 +103,7 @@ def region_of(name: str, param: Any) -> Region | None:
     """
     if not is_sharded(param):
         return None
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    split = [p for p in param.placements if not isinstance(p, Replicate)]
-    if any(type(p) is not Shard or p.dim != 0 for p in split) or len(split) > 1:
-        raise ValueError(
-            f"parameter {name!r} is distributed as {tuple(param.placements)}; SparseAdamW takes rows over one mesh "
-            "dimension, (Shard(0),) or (Replicate(), Shard(0)), as fully_shard makes them."
-        )
-    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    row = 1
-    for size in tuple(param.shape)[1:]:
-        row *= size
-    count = row * shape[0] if param.dim() else 1
-    begin = min(row * offset[0] if param.dim() else 0, param.numel())
-    return Region(begin, begin + count if count else begin, param.numel())
+    return Region(*held_entries(name, param), param.numel())
 
 
 def refuse(optimizer: SparseAdamW, what: str) -> None:
@@ -166,18 +118,10 @@ def group_of(optimizer: SparseAdamW) -> Any:
     Raises:
         ValueError: several groups.
     """
-    groups = {_shard_group(p) for g in optimizer.param_groups for p in g["params"] if is_sharded(p)}
+    groups = {group_of_shards(p) for g in optimizer.param_groups for p in g["params"] if is_sharded(p)}
     if len(groups) != 1:
         raise ValueError(f"SparseAdamW takes parameters that are sharded over one process group, got {len(groups)}.")
     return groups.pop()
-
-
-def _shard_group(param: Any) -> Any:
-    from torch.distributed.tensor import Replicate
-
-    mesh = param.device_mesh
-    dims = [i for i, p in enumerate(param.placements) if not isinstance(p, Replicate)]
-    return mesh.get_group(dims[0] if dims else mesh.ndim - 1)
 
 
 def sum_over_shards(optimizer: SparseAdamW, mesh: DeviceMesh, squares: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparseopt._sharded import is_sharded
 from sparseopt.masks.maskset import MaskSet, normalize_name
 from sparseopt.optim import building, checkpoint, distributed, sharding, stepping, structured, weights
 from sparseopt.optim.arena import Arena, Saved
@@ -179,7 +180,7 @@ class SparseAdamW(Optimizer):
     @property
     def sharded(self) -> bool:
         """Whether parameters are sharded (FSDP2), so that this process holds masks and state of its own part only."""
-        return any(sharding.is_sharded(p) for group in self.param_groups for p in group["params"])
+        return any(is_sharded(p) for group in self.param_groups for p in group["params"])
 
     @property
     def masks(self) -> MaskSet:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sparseopt import functional
 from sparseopt._schema import HYPER_COLUMNS
+from sparseopt._sharded import local
 from sparseopt.optim import distributed
-from sparseopt.optim.sharding import local, sum_over_shards
+from sparseopt.optim.sharding import sum_over_shards
 
 if TYPE_CHECKING:
     from sparseopt.optim.arena import Arena

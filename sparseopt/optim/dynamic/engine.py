@@ -261,8 +261,8 @@ class DynamicSparsity:
             copy.synchronize()
         before = self.masks.active_parameters
         known = {layer.name: count for layer, count in zip(self.layers, counts, strict=True)}
-        self.masks = MaskSet({name: packed[name] for name in self.masks.names}, self.masks.shapes, copy_bits=False,
-                             counts=known)  # fmt: skip
+        ordered = {name: packed[name] for name in self.masks.names}
+        self.masks = MaskSet(ordered, self.masks.shapes, copy_bits=False, counts=known)
         self._grouped = self.masks
         dropped, grown = sum(move.leaving for move in moves), sum(move.coming for move in moves)
         if dropped or grown:
@@ -288,8 +288,7 @@ class DynamicSparsity:
 
         Returns:
             By group of layers: what moves, the new masks, and all that ever left; how many of what came had left before; the
-            new masks by name, packed, on the CPU; the sum of squares of the inactive entries' gradients; the copies to the CPU
-            that may be under way.
+            new masks by name, packed, on the CPU; the sum of squares of the inactive entries' gradients; copies under way.
         """
         if self._grouped is not self.masks or any(not group.fits() for group in self._groups):
             self._groups, self._grouped = groups_of(self.layers, self.masks, self._left_by_name()), self.masks
@@ -304,14 +303,12 @@ class DynamicSparsity:
                 found = choose_each(group, dense, mine, random, self.pattern, self.criterion)
             bits, left = (group.bits & ~found.gone) | found.came, group.left | found.gone
             back = functional.popcount(group.left & found.came)
-            # Exact in fp64; one transfer.
-            facts.append(torch.cat([back.view(1), found.nan, found.odd, found.squares.view(1)]).double())
+            facts.append(torch.cat([back.view(1), found.nan, found.odd, found.squares.view(1)]).double())  # exact
             result.append((group, found, bits, left))
         told = [fact.tolist() for fact in facts]
         for group, _, bits, _ in result:  # now: the few numbers would wait behind these
             host, copy = to_host(bits)
-            packed |= group.by_name(host)
-            copies += [copy] if copy is not None else []
+            packed, copies = packed | group.by_name(host), copies + ([] if copy is None else [copy])
         returned, squares = 0, 0.0
         for group, numbers in zip(self._groups, told, strict=True):
             count = len(group.layers)
@@ -321,10 +318,8 @@ class DynamicSparsity:
                 if nan and moves[position].moves:
                     raise ValueError(f"the scores of {layer.name!r} contain NaN.")
                 if odd and not self._warned:
-                    self._warned = True
-                    warnings.warn(
-                        f"gradients of {layer.name!r} in step {step} are not finite: they count as 0.", stacklevel=4
-                    )
+                    self._warned, text = True, f"gradients of {layer.name!r} in step {step} are not finite"
+                    warnings.warn(f"{text}: they count as 0.", stacklevel=4)
             returned, squares = returned + int(numbers[0]), squares + numbers[-1]
         return result, returned, packed, squares, copies
 

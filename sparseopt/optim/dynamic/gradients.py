@@ -45,8 +45,8 @@ class DenseGradients:
         before = self.by_name.get(name)
         if before is None:
             # 16-bit gradients stay so while there is one.
-            dtype = gradient.dtype if gradient.dtype.itemsize == 2 else torch.float32
-            self.by_name[name] = gradient.detach().to(dtype, copy=True)
+            narrow = gradient.dtype.itemsize == 2
+            self.by_name[name] = gradient.clone() if narrow else gradient.to(torch.float32, copy=True)
         else:
             self.by_name[name] = before.float().add_(gradient.detach())
 
