@@ -6,11 +6,15 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from typing import TypeVar
 
 from sparseopt._files import FormatError
 from sparseopt.masks.collect import GradientEMA
+from sparseopt.trainers.processes import told_by_first
 
 __all__ = ["AccumulationFiles"]
+
+T = TypeVar("T")
 
 
 class AccumulationFiles:
@@ -19,10 +23,15 @@ class AccumulationFiles:
     Args:
         folder: made when the first one is saved.
         keep: how many to keep, the newest, beside those that a checkpoint continues from; -1: all.
+
+    Attributes:
+        together: every process calls :meth:`save`, :meth:`resume` and :meth:`exists` (FSDP2); the first one's files count.
+        tidies: whether this process removes files and talks.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
+        self.together, self.tidies = False, True
 
     def path(self, step: int) -> Path:
         return self.folder / f"grad_ema_step_{step}.safetensors"
@@ -34,10 +43,17 @@ class AccumulationFiles:
         )
         return sorted(int(match[1]) for match in found if match)
 
+    def exists(self, step: int) -> bool:
+        return self._told(self.path(step).is_file())
+
+    def _told(self, value: T) -> T:
+        # Files come and go while processes look: the first one's view is everyone's.
+        return told_by_first(value) if self.together else value
+
     def save(self, ema: GradientEMA, step: int, base_model: str | None, checkpoints: Path) -> None:
         """Saves the accumulation of a step; old ones go, unless ``checkpoints`` still has the checkpoint of their step."""
         ema.save(self.path(step), step=str(step), base_model=base_model or "")
-        if self.keep > 0:
+        if self.keep > 0 and self.tidies:
             for old in self.steps()[: -self.keep]:
                 if not (checkpoints / f"checkpoint-{old}").is_dir():
                     self.path(old).unlink(missing_ok=True)
@@ -48,24 +64,28 @@ class AccumulationFiles:
         Returns:
             Whether it is that of ``step``.
         """
-        saved = self.steps()
+        saved = self._told(self.steps())
         later = [other for other in saved if other > step]
-        for other in later:
+        for other in later if self.tidies else ():
             self.path(other).unlink()
-        if later:
+        if later and self.tidies:
             line = f"Removed {len(later)} saved accumulations of steps after {step} from {self.folder}."
             print(line, file=sys.stderr, flush=True)
         for found in reversed(saved[: len(saved) - len(later)]):
             try:
                 ema.load(self.path(found))
             except FormatError as error:
-                warnings.warn(f"{error} An older accumulation is looked for.", stacklevel=3)
+                self._warn(f"{error} An older accumulation is looked for.")
                 continue
             if found < step:
-                warnings.warn(f"the accumulation of step {found} is the newest of this training, which resumes at step "
-                              f"{step}: the gradients between are missing from it.", stacklevel=3)  # fmt: skip
+                self._warn(f"the accumulation of step {found} is the newest of this training, which resumes at step {step}: "
+                           "the gradients between are missing from it.")  # fmt: skip
             return found == step
         if step:
-            warnings.warn(f"training resumes at step {step}, but '{self.folder}' holds no accumulation up to there: the "
-                          "accumulation starts anew.", stacklevel=3)  # fmt: skip
+            self._warn(f"training resumes at step {step}, but '{self.folder}' holds no accumulation up to there: the "
+                       "accumulation starts anew.")  # fmt: skip
         return False
+
+    def _warn(self, text: str) -> None:
+        if self.tidies:
+            warnings.warn(text, stacklevel=4)

@@ -7,15 +7,18 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from sparseopt.deltas.base import SaveBase
+from sparseopt._sharded import is_sharded, whole
+from sparseopt.deltas.base import SaveBase, state_of
 from sparseopt.deltas.log import DeltaLog
 from sparseopt.deltas.statistics import AGGREGATES
 from sparseopt.optim.sparse_adamw import SparseAdamW
 from sparseopt.trainers.callbacks import add_to_entry, come_first
-from sparseopt.trainers.processes import splits_model
+from sparseopt.trainers.processes import in_shards
 
 __all__ = ["DeltaLogger", "Schedule", "parse_schedule", "sparse_of"]
 
@@ -133,6 +136,10 @@ class DeltaLogger(TrainerCallback):
     of the model; the rest happens beside training. When the trainer resumes from a checkpoint, steps logged after it are
     dropped and logged again. In a distributed run the first process logs.
 
+    Under FSDP2 the log is the same. At the beginning and at each logged step every process takes part in putting the weights
+    together, one parameter at a time, with a SparseAdamW too: all weights are gathered once, and the first process needs CPU
+    memory for the whole model three times.
+
     The statistics of the newest finished step join the trainer's next log entry, for trackers and ``log_history`` alike:
     ``subnet/mean_l2_from_init``, ``subnet/mean_frac_big_from_init``, ``subnet/attn_mean_l2``, ``subnet/mlp_mean_l2``, and
     ``subnet/step``, which they belong to. (Weights & Biases shows transformers' keys as ``train/subnet/...``.)
@@ -166,31 +173,46 @@ class DeltaLogger(TrainerCallback):
         self.schedule = parse_schedule(schedule)
         self._options: dict[str, Any] = {"save_base": save_base, "name": name, "revision": revision}
         self._final, self._restart = final, restart
-        self._active = False
+        self._active = self._shards = self._writes = False
         self._reported: int | None = None
 
     # ---- what the trainer calls ------------------------------------------------------------------------------------------
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        model: Any = None, **kw: Any) -> None:  # fmt: skip
-        if splits_model(args):  # on every process: else the others would wait for the one that stopped
-            raise ValueError("DeltaLogger cannot log sharded weights: train on one GPU or with DDP.")
-        if not state.is_world_process_zero:
+        self._shards = in_shards(args, model, "DeltaLogger")
+        self._writes = state.is_world_process_zero
+        if not (self._writes or self._shards):
             return
-        come_first(self)
+        come_first(self)  # on every process that takes part: callbacks that gather must be in one order everywhere
         if self._active:  # an earlier training of this trainer ended in an error
             self.close()
         resume = state.global_step or (0 if self._restart else None)
         self.log = DeltaLog(self.log.path)
-        self.log.start(model, **self._options, resume_step=resume)
+        base = self._together(model) if self._shards else model
+        if self._writes:
+            self.log.start(base, **self._options, resume_step=resume, module=model)
         self._active, self._reported = True, None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                     model: Any = None, optimizer: Any = None, **kw: Any) -> None:  # fmt: skip
         last = self._final and state.global_step == state.max_steps
         if self._active and (last or state.global_step in self.schedule):
-            self.log.record(state.global_step, sparse_of(optimizer) or model)
+            source = self._together(model) if self._shards else sparse_of(optimizer) or model
+            if self._writes:
+                self.log.record(state.global_step, source)
         if self._active and (control.should_save or _will_save(args, state)):
             self.log.flush()  # a checkpoint must not be ahead of the log: a training that resumes from it logs what follows
+
+    def _together(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        """The whole state dict of a model in shards, on the CPU of the process that writes; nothing on the others."""
+        gathered: dict[int, Tensor] = {}
+        result: dict[str, Tensor] = {}
+        for name, tensor in state_of(model).items():
+            if is_sharded(tensor) and id(tensor) not in gathered:  # tied ones once, so that they stay tied
+                entire = whole(tensor)
+                gathered[id(tensor)] = entire.cpu() if self._writes else entire.new_empty(0)
+            result[name] = gathered.get(id(tensor), tensor)
+        return result if self._writes else {}
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if self._active and args.save_strategy == SaveStrategy.EPOCH:

@@ -14,11 +14,12 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 import sparseopt as so
 from sparseopt._background import Background
+from sparseopt._sharded import is_sharded
 from sparseopt.masks.collect import GradientEMA, check_tolerances
 from sparseopt.trainers.accumulation_files import AccumulationFiles
 from sparseopt.trainers.callbacks import NextEntry, calling, come_first
 from sparseopt.trainers.delta_logger import sparse_of
-from sparseopt.trainers.processes import splits_model
+from sparseopt.trainers.processes import in_shards, told_by_first
 
 __all__ = ["MaskCollector", "collector_of"]
 
@@ -34,6 +35,10 @@ class MaskCollector(NextEntry):
     the masks. Gradients are taken before clipping, averaged over a step's micro-batches and processes, and without the loss
     scale of fp16. Masks are computed only at the steps where they are saved, logged or uploaded. The first process of a
     distributed run collects.
+
+    Under FSDP2 each process collects for its rows (4 bytes for each of their entries), and the first one writes the same
+    files. Whatever is saved is gathered on all processes, one parameter at a time: 4 bytes per trained entry for an
+    accumulation, 1 for a mask. To resume, every process must see the folder.
 
     ``grad_ema/rms_mean`` and ``grad_mask/active_fraction``, ``active_count``, ``total_count``, ``sparsity`` and ``step``
     (which they belong to) join the trainer's next log entry, for trackers and ``log_history`` alike; metadata goes into the
@@ -125,38 +130,34 @@ class MaskCollector(NextEntry):
         self._uploader: Any = None
         self._writer: Background | None = None
         self._undo: list[Callable[[], None]] = []
-        self._active = self._collected = self._warned = False
+        self._active = self._collected = self._warned = self._writes = False
 
     # ---- what the trainer calls ------------------------------------------------------------------------------------------
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        model: Any = None, optimizer: Any = None, **kw: Any) -> None:  # fmt: skip
         self.close()  # an earlier training of this trainer may have ended in an error
-        if splits_model(args):
-            raise ValueError("MaskCollector cannot collect sharded gradients: train on one GPU or with DDP.")
+        shards, self._writes = in_shards(args, model, "MaskCollector"), state.is_world_process_zero
+        for name, param in model.named_parameters() if shards else ():
+            if param.requires_grad and not is_sharded(param):
+                raise ValueError(f"MaskCollector needs gradients averaged over processes: FSDP2 leaves {name!r} out.")
         sparse = sparse_of(optimizer)
-        if sparse is not None and sparse.captures and args.world_size > 1:
+        if sparse is not None and sparse.captures and args.world_size > 1 and not shards:
             raise ValueError(
                 "MaskCollector needs gradients averaged over processes, which capture_gradients=True never makes: "
                 "attach(..., capture_gradients=False)."
             )
-        if not state.is_world_process_zero:
+        if not (self._writes or shards):
             return
-        come_first(self)
+        come_first(self)  # on every process that takes part: callbacks that gather must be in one order everywhere
+        self._accumulations.together, self._accumulations.tidies = shards, self._writes
         self.ema = GradientEMA(model, **self._options)
         if self.base_model is None:
             self.base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
         exact = self._accumulations.resume(self.ema, state.global_step)
-        if self.save_interval == 1 and self.ema.nbytes >= LARGE:
-            warnings.warn(f"save_interval=1 writes {self.ema.nbytes / 2**30:.1f} GiB of accumulation at every step.",
-                          stacklevel=2)  # fmt: skip
-        if state.max_steps < self.mask_save_interval:
-            warnings.warn(f"training ends after {state.max_steps} steps, before the first mask: mask_save_interval is "
-                          f"{self.mask_save_interval}.", stacklevel=2)  # fmt: skip
-        frozen = self.ema.frozen
-        if frozen:
-            _say(f"{len(frozen)} parameters are frozen (such as {frozen[0]}): inactive in every mask.")
+        if self._writes:
+            self._warn(self.ema.nbytes * (args.world_size if shards else 1), state.max_steps, self.ema.frozen)
         self._hook(args, self.ema, optimizer)
-        if self.upload_to_hf:
+        if self.upload_to_hf and self._writes:
             from sparseopt.hub import Uploader
 
             assert self.hf_repo_id is not None
@@ -164,11 +165,23 @@ class MaskCollector(NextEntry):
                 self.hf_repo_id, private=self.hf_private, spool_dir=self.folder / "spool", base_model=self.base_model,
                 say=_say,
             )  # fmt: skip
-        self._writer = Background("sparseopt-masks")
+        self._writer = Background("sparseopt-masks") if self._writes else None
         self._active, self._collected, self._warned = True, False, False
         step = state.global_step
-        if exact and self._masks_due(step) and not all(path.is_file() for path in self._mask_files(step)):
+        missing = not all(path.is_file() for path in self._mask_files(step))
+        if exact and self._masks_due(step) and (told_by_first(missing) if shards else missing):
             self._make_masks(args, self.ema, step)  # the checkpoint was complete before the masks were
+
+    def _warn(self, written: int, max_steps: int, frozen: list[str]) -> None:
+        """Of what a user may not expect: bytes of an accumulation, no masks, parameters without any."""
+        if self.save_interval == 1 and written >= LARGE:
+            warnings.warn(f"save_interval=1 writes {written / 2**30:.1f} GiB of accumulation at every step.",
+                          stacklevel=3)  # fmt: skip
+        if max_steps < self.mask_save_interval:
+            warnings.warn(f"training ends after {max_steps} steps, before the first mask: mask_save_interval is "
+                          f"{self.mask_save_interval}.", stacklevel=3)  # fmt: skip
+        if frozen:
+            _say(f"{len(frozen)} parameters are frozen (such as {frozen[0]}): inactive in every mask.")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._collected = False
@@ -181,14 +194,16 @@ class MaskCollector(NextEntry):
         step, ema = state.global_step, self.ema
         if not self._active or ema is None:
             return
+        ema.discard()  # what the optimizer showed within its step (shards in the host's memory) was in .grad before it
         save = step % self.save_interval == 0
         masks = self._masks_due(step)
         if not (save or masks) or not ema.count:
             return
         rms = ema.rms_mean()
-        self._values = {**self._values, "grad_ema/rms_mean": rms}
-        _say(f"Step {step} | EMA RMS Mean: {rms:.4g}")
-        if rms != rms and not self._warned:
+        if self._writes:
+            self._values = {**self._values, "grad_ema/rms_mean": rms}
+            _say(f"Step {step} | EMA RMS Mean: {rms:.4g}")
+        if self._writes and rms != rms and not self._warned:
             self._warned = True
             warnings.warn(
                 f"the accumulated gradients hold NaN at step {step}: those entries stay inactive.", stacklevel=2
@@ -204,7 +219,7 @@ class MaskCollector(NextEntry):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """A checkpoint was written: what continues from it needs the accumulation of its step."""
         step, ema = state.global_step, self.ema
-        if self._active and ema is not None and ema.count and not self._accumulations.path(step).is_file():
+        if self._active and ema is not None and ema.count and not self._accumulations.exists(step):
             self._save(args, ema, step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
@@ -274,10 +289,10 @@ class MaskCollector(NextEntry):
 
     def _make_masks(self, args: TrainingArguments, ema: GradientEMA, step: int) -> None:
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        found = [
-            masks.with_metadata(step=step, timestamp=stamp, base_model=self.base_model)
-            for masks in ema.masks(self.tolerances)
-        ]
+        collected = ema.masks(self.tolerances)
+        if not self._writes:
+            return
+        found = [masks.with_metadata(step=step, timestamp=stamp, base_model=self.base_model) for masks in collected]
         first = found[0]
         self._values |= {**_metrics(first, "grad_mask"), "grad_mask/step": step}
         for limit, masks in zip(self.tolerances[1:], found[1:], strict=True):

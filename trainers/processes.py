@@ -10,9 +10,10 @@ import torch
 from torch import distributed as dist
 
 from sparseopt._processes import is_first, own_device, refuse_several
+from sparseopt._sharded import any_sharded, held_entries
 
-__all__ = ["Anyone", "is_first", "own_device", "put_together", "refuse_several", "refuse_sharding", "several", "share_of",
-           "splits_model", "wait"]  # fmt: skip
+__all__ = ["Anyone", "in_shards", "is_first", "own_device", "put_together", "refuse_several", "refuse_sharding", "several",
+           "share_of", "splits_model", "told_by_first", "wait"]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -89,6 +90,45 @@ def splits_model(args: Any) -> bool:
     transformers' own settings say so in ``args``; a configuration of accelerate does not.
     """
     return bool(getattr(args, "fsdp", None) or getattr(args, "deepspeed", None) or _splitting())
+
+
+def in_shards(args: Any, model: Any, who: str) -> bool:
+    """Whether FSDP2 keeps a trainer's model in shards of rows: then all processes take part in putting it together.
+
+    Args:
+        args: of the trainer.
+        model: which it trains; shards that a forward pass left whole are shards again.
+        who: is named in the error.
+
+    Raises:
+        ValueError: something splits the model in another way. Every process finds that, so that none waits for another.
+    """
+    splits = splits_model(args)
+    if splits:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    if not any_sharded(model):
+        if splits:
+            raise ValueError(
+                f"{who} takes models in the shards of FSDP2, not of FSDP1 or DeepSpeed ZeRO: use FSDP2 (fsdp_version: 2), "
+                "DDP or one GPU."
+            )
+        return False
+    for name, param in model.named_parameters():
+        held_entries(name, param)
+    return True
+
+
+def told_by_first(value: T) -> T:
+    """What the first process says, on every process; each calls it."""
+    if not several():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def refuse_sharding(allowed: str | None = None) -> None:

@@ -127,6 +127,7 @@ def write_base(
     save_base: SaveBase = "auto",
     name: str | None = None,
     revision: str | None = None,
+    module: torch.nn.Module | None = None,
 ) -> Base:
     """Makes ``model``, as it is now, the base of the log in ``folder``.
 
@@ -138,6 +139,7 @@ def write_base(
         name: Hub name, folder or ``smollm2``; by default what the model's config says. A Hub name is looked up in the
             local cache only, since a model that was loaded by name is there.
         revision: of a Hub name.
+        module: what a state dict is of: it tells the name and which tensors are buffers, as a module given itself does.
 
     Raises:
         ValueError: the folder holds a log of another model, or ``save_base=False`` and the model cannot be read again.
@@ -145,7 +147,7 @@ def write_base(
     if save_base not in ("auto", True, False):
         raise ValueError(f"save_base must be 'auto', True or False, got {save_base!r}.")
     target = Path(folder)
-    header = describe_model(model, name, revision)
+    header = describe_model(model, name, revision, module=module)
     state = state_of(model)
     if (target / JSON_FILE).exists():
         known = read_header(target)
@@ -219,10 +221,16 @@ def describe_model(
     name: str | None = None,
     revision: str | None = None,
     fingerprint: bool = True,
+    module: torch.nn.Module | None = None,
 ) -> Header:
-    """What ``base.json`` would say about a model; hashes all its tensors unless ``fingerprint`` is False."""
+    """What ``base.json`` would say about a model; hashes all its tensors unless ``fingerprint`` is False.
+
+    ``module`` is what a state dict is of, if known.
+    """
     state = state_of(model)
-    config = getattr(model, "config", None)
+    if isinstance(model, torch.nn.Module):
+        module = model
+    config = getattr(module, "config", None)
     if name is None:
         name = _portable(getattr(config, "_name_or_path", None) or None)
         if revision is None and name is not None and not os.path.isdir(name):
@@ -242,8 +250,8 @@ def describe_model(
             tied[key] = owner
     dtypes = {key: state[key].dtype for key in shapes}
     buffers: list[str] = []
-    if isinstance(model, torch.nn.Module):
-        parameters = {normalize_name(key) for key, _ in model.named_parameters(remove_duplicate=False)}
+    if module is not None:
+        parameters = {normalize_name(key) for key, _ in module.named_parameters(remove_duplicate=False)}
         buffers = [key for key in shapes if key not in parameters]
     header = Header("", name, revision, False, shapes, dtypes, tied, buffers)
     if fingerprint:

@@ -130,6 +130,7 @@ class DeltaLog:
         name: str | None = None,
         revision: str | None = None,
         resume_step: int | None = None,
+        module: torch.nn.Module | None = None,
     ) -> None:
         """Opens the log for writing.
 
@@ -138,6 +139,7 @@ class DeltaLog:
             save_base, name, revision: see :func:`sparseopt.deltas.base.write_base`.
             resume_step: training goes on after this step: later steps are dropped from the log, and recording goes on
                 from what is left. 0 drops all. None: the log must have no steps.
+            module: the model that a state dict is of, which tells its name and its buffers.
 
         Raises:
             ValueError: the folder holds a log of another base (both are named) or, without ``resume_step``, of earlier
@@ -150,10 +152,11 @@ class DeltaLog:
         if steps and not (self.path / JSON_FILE).is_file():
             raise FileNotFoundError(f"'{self.path}' holds deltas but no {JSON_FILE}: use another folder.")
         if resume_step:
-            self._check_same(read_header(self.path), describe_model(model, name, revision, fingerprint=False), name)
+            now = describe_model(model, name, revision, fingerprint=False, module=module)
+            self._check_same(read_header(self.path), now, name)
             base = open_base(self.path)
         else:
-            base = write_base(self.path, model, save_base, name, revision)
+            base = write_base(self.path, model, save_base, name, revision, module)
             if steps and resume_step is None:
                 raise ValueError(
                     f"'{self.path}' holds a delta log with steps up to {steps[-1]} already: resume it (resume_step), or "

@@ -11,19 +11,23 @@ parameters with gradients of a dtype (10 bytes of traffic per bf16 entry). Nothi
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import overload
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from sparseopt import functional
 from sparseopt._files import FormatError
 from sparseopt._safetensors import TensorFile
-from sparseopt.masks.gradient_stats import FORMAT, VERSION, save_gradient_stats
+from sparseopt._sharded import held_entries, is_sharded, like, local, reduce_over_shards, whole, writes
+from sparseopt.masks._accumulating import accumulate, by_device, zeros_like
+from sparseopt.masks.gradient_stats import FORMAT, VERSION, write_gradient_stats
 from sparseopt.masks.maskset import MaskSet, normalize_name
 
 __all__ = ["GradientEMA"]
@@ -44,6 +48,9 @@ class GradientEMA:
     nothing active. Tied parameters count once. A parameter without a gradient in a step had the gradient zero. A NaN or an
     infinity in a gradient stays in the accumulation (NaN is inactive), except under a loss scale.
 
+    Under FSDP2, after ``fully_shard``, a process accumulates its rows. All else is of whole parameters: every process makes
+    each call, and the first one writes the file.
+
     Attributes:
         beta, epsilon, bias_correction, offload: as given.
         updates: number of updates; those skipped on the device because of an overflow included.
@@ -53,7 +60,7 @@ class GradientEMA:
         self, model: nn.Module, beta: float = 0.99, epsilon: float = 1e-8, *, bias_correction: bool = False,
         offload: bool = False,
     ) -> None:  # fmt: skip
-        """Allocates 4 bytes per trained entry.
+        """Allocates 4 bytes per trained entry that this process holds.
 
         Args:
             model: whose parameters; on its final device.
@@ -63,7 +70,7 @@ class GradientEMA:
             offload: keep the accumulation in pinned memory of the host; every update moves it to the device and back.
 
         Raises:
-            ValueError: numbers out of range, or a model in which nothing trains.
+            ValueError: numbers out of range, a model in which nothing trains, or shards that are not rows.
             TypeError: a complex parameter.
         """
         if not 0 <= beta < 1:
@@ -84,7 +91,8 @@ class GradientEMA:
             raise ValueError(f"{type(model).__name__} has no parameter that trains (requires_grad=True).")
         self._names, self._params = list(trained), list(trained.values())
         self._positions = {id(param): i for i, param in enumerate(self._params)}
-        self._stored = _pinned(self._params) if offload else [_zeros(p, p.device) for p in self._params]
+        self._ranges = [held_entries(name, param) for name, param in trained.items()]
+        self._stored = zeros_like([local(param) for param in self._params], offload)
         self._taken: dict[int, Tensor] = {}
 
     @property
@@ -99,8 +107,8 @@ class GradientEMA:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the accumulation."""
-        return sum(4 * param.numel() for param in self._params)
+        """Bytes of the accumulation that this process holds."""
+        return sum(stored.nbytes for stored in self._stored)
 
     # ---- gradients -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -109,12 +117,13 @@ class GradientEMA:
 
         Args:
             param: one of the model's parameters; others are ignored.
-            gradient: of its shape; kept until the update, not copied, and not written to.
+            gradient: of its shape, or of this process' part of it; kept until the update, not copied, and not written to.
         """
         i = self._positions.get(id(param))
         if i is not None:
             before = self._taken.get(i)
-            self._taken[i] = gradient.detach() if before is None else before + gradient
+            gradient = local(gradient).detach()
+            self._taken[i] = gradient if before is None else before + gradient
 
     def discard(self) -> None:
         """Forgets gradients that came through :meth:`take` since the last update."""
@@ -141,8 +150,7 @@ class GradientEMA:
         inverse: Tensor | None = None
         scale = self._scale * self.beta
         if grad_scale is not None:
-            norms = torch._foreach_norm(list(gradients.values()), math.inf)
-            finite = torch.stack([norm.isfinite().to(grad_scale.device) for norm in norms]).all()
+            finite = self._all_finite(gradients, grad_scale.device)
             inverse = grad_scale.double().reciprocal().float() * finite
             decay = torch.where(finite, scale, self._scale)
             self._skipped = (~finite).long() + (0 if self._skipped is None else self._skipped)
@@ -158,11 +166,20 @@ class GradientEMA:
         self.updates += 1
         self._taken.clear()
 
+    def _all_finite(self, gradients: dict[int, Tensor], device: torch.device) -> Tensor:
+        """Whether the whole gradients are: bool[] on the device, the same on all processes."""
+        flags = [torch.ones((), dtype=torch.int32, device=device)] * len(self._params)
+        held = {i: gradient for i, gradient in gradients.items() if gradient.numel()}
+        for i, norm in zip(held, torch._foreach_norm(list(held.values()), math.inf) if held else [], strict=True):
+            flags[i] = norm.isfinite().to(device, torch.int32)
+        return reduce_over_shards(self._params, flags, dist.ReduceOp.MIN).bool().all()
+
     def _gradients(self) -> dict[int, Tensor]:
         result = dict(self._taken)
         for i, param in enumerate(self._params):
             if param.grad is not None:
-                result[i] = result[i] + param.grad if i in result else param.grad.detach()
+                gradient = local(param.grad).detach()
+                result[i] = result[i] + gradient if i in result else gradient
         for i, gradient in result.items():
             if gradient.layout is not torch.strided:
                 raise RuntimeError(f"sparse gradients cannot be accumulated (parameter {self._names[i]!r}).")
@@ -187,7 +204,7 @@ class GradientEMA:
             together[0].append(home)
             together[1].append(gradient)
         for stored, arrived in lists.values():
-            _accumulate(stored, arrived, decay, weight, inverse)
+            accumulate(stored, arrived, decay, weight, inverse)
 
     def _update_offloaded(
         self, gradients: dict[int, Tensor], decay: float | Tensor | None, weight: float, inverse: Tensor | None
@@ -197,13 +214,13 @@ class GradientEMA:
             gradient = gradients.get(i)
             if gradient is None and decay is None:
                 continue
-            device = param.device if gradient is None else gradient.device
+            device = local(param).device if gradient is None else gradient.device
             flat = None if gradient is None else gradient.reshape(-1)
-            for start in range(0, param.numel(), PIECE):
+            for start in range(0, self._stored[i].numel(), PIECE):
                 home = self._stored[i].view(-1)[start : start + PIECE]
                 squares = home.to(device, non_blocking=True)
                 part = squares.new_empty(0) if flat is None else flat[start : start + PIECE]
-                _accumulate([squares], [part], decay, weight, inverse)
+                accumulate([squares], [part], decay, weight, inverse)
                 if squares is not home:  # a CPU tensor is its own copy
                     home.copy_(squares, non_blocking=True)
 
@@ -215,7 +232,7 @@ class GradientEMA:
             for device in {param.device for param in self._params if param.is_cuda}:
                 torch.cuda.synchronize(device)
         if self._scale != 1.0:
-            for stored in _by_device(self._stored):
+            for stored in by_device(self._stored):
                 torch._foreach_mul_(stored, self._scale)
             self._scale = 1.0
         return self._stored
@@ -231,19 +248,26 @@ class GradientEMA:
         return 1 - self.beta**count if count else 1.0
 
     def __getitem__(self, name: str) -> Tensor:
-        """A copy of one parameter's accumulation, not bias-corrected: fp32, of its shape, where it is kept."""
+        """A copy of one parameter's whole accumulation, not bias-corrected: fp32, of its shape, where it is kept."""
         if normalize_name(name) not in self._names:
             raise KeyError(f"nothing is accumulated for {name!r}.")
-        return self._settle()[self._names.index(normalize_name(name))].clone()
+        self._settle()
+        return self._whole(self._names.index(normalize_name(name))).clone()
+
+    def _whole(self, i: int) -> Tensor:
+        """One parameter's accumulation, of all processes; what one process alone has is not copied."""
+        return whole(like(self._params[i], self._stored[i]))
 
     @torch.no_grad()
     def rms_mean(self) -> float:
         """Mean over the accumulated parameters of ``sqrt(mean(acc) + epsilon)``. Waits for the device."""
         divisor = self._correction()
-        means = [stored.mean() for stored in self._settle() if stored.numel()]
-        if not means:
+        held = [(param, stored) for param, stored in zip(self._params, self._settle(), strict=True) if param.numel()]
+        if not held:
             return 0.0
-        stacked = torch.stack([mean.to(means[0].device) for mean in means]).double()
+        # A mean in fp32, or this process' share of one: its part's sum by the whole length.
+        means = [s.sum(dtype=torch.float64) / p.numel() if is_sharded(p) else s.mean().double() for p, s in held]
+        stacked = reduce_over_shards([param for param, _ in held], means, dist.ReduceOp.SUM)
         return float((stacked / divisor + self.epsilon).sqrt().mean())
 
     @overload
@@ -274,8 +298,11 @@ class GradientEMA:
     def _packed(self, limit: float) -> dict[str, Tensor]:
         """Packed masks of all parameters, on the CPU: one copy from each device."""
         found: dict[torch.device, dict[str, Tensor]] = {}
-        for name, stored in zip(self._names, self._settle(), strict=True):
-            found.setdefault(stored.device, {})[name] = functional.pack_mask(stored > limit)
+        for name, param, stored in zip(self._names, self._params, self._settle(), strict=True):
+            active = stored > limit
+            if is_sharded(param):  # as bytes: not every backend of processes moves booleans
+                active = whole(like(param, active.to(torch.uint8))).bool()
+            found.setdefault(active.device, {})[name] = functional.pack_mask(active)
         packed: dict[str, Tensor] = {}
         for masks in found.values():
             sizes = [bits.numel() for bits in masks.values()]
@@ -303,7 +330,13 @@ class GradientEMA:
             **metadata, "accumulation": METHOD, "beta": repr(self.beta), "epsilon": repr(self.epsilon),
             "bias_correction": json.dumps(self.bias_correction), "frozen": json.dumps(self.frozen),
         }  # fmt: skip
-        save_gradient_stats(path, dict(zip(self._names, self._settle(), strict=True)), "batch", count, **about)
+        self._settle()
+        squares = (self._whole(i) for i in range(len(self._names)))
+        if writes(self._params):
+            specs = {name: (self._shapes[name], torch.float32) for name in self._names}
+            write_gradient_stats(path, specs, squares, "batch", count, **about)
+        else:
+            collections.deque(squares, maxlen=0)  # one after the other, as the process that writes asks for them
 
     @torch.no_grad()
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -328,10 +361,10 @@ class GradientEMA:
                 raise FormatError(f"'{path}' is damaged: its beta or count is missing or no number.") from error
             if beta != self.beta:
                 raise ValueError(f"'{path}' was accumulated with beta={beta}, not {self.beta}.")
-            for name, stored in zip(self._names, self._stored, strict=True):
-                if file.shapes.get(name) != tuple(stored.shape):
+            for name in self._names:
+                if file.shapes.get(name) != self._shapes[name]:
                     raise ValueError(
-                        f"'{path}' does not fit the model: {name!r} has shape {list(stored.shape)} there and "
+                        f"'{path}' does not fit the model: {name!r} has shape {list(self._shapes[name])} there and "
                         f"{list(file.shapes[name]) if name in file.shapes else 'none'} in the file."
                     )
                 if file.dtypes.get(name) != torch.float32:
@@ -340,10 +373,10 @@ class GradientEMA:
             if extra:
                 raise ValueError(f"'{path}' does not fit the model: {extra[0]!r} does not train here.")
             self._settle()  # copies that are under way write to the same memory
-            for name, stored in zip(self._names, self._stored, strict=True):
-                for start in range(0, stored.numel(), PIECE):
-                    piece = file.read(name, start, start + PIECE)
-                    stored.view(-1)[start : start + PIECE].copy_(piece)
+            for name, stored, (begin, end) in zip(self._names, self._stored, self._ranges, strict=True):
+                for start in range(begin, end, PIECE):
+                    piece = file.read(name, start, min(start + PIECE, end))
+                    stored.view(-1)[start - begin : start - begin + PIECE].copy_(piece)
         self.updates, self._skipped = count, None
         self._taken.clear()
 
@@ -362,35 +395,3 @@ def check_tolerances(tolerance: float | Sequence[float]) -> list[float]:
     if not limits or len(set(limits)) < len(limits):
         raise ValueError(f"tolerance must be one number or several different ones, got {tolerance!r}.")
     return [float(limit) for limit in limits]
-
-
-def _accumulate(
-    stored: list[Tensor], gradients: list[Tensor], decay: float | Tensor | None, weight: float, inverse: Tensor | None
-) -> None:
-    """One launch, all on one device; ``inverse`` is 0 where the step overflowed: then nothing is added."""
-    device = stored[0].device
-    if isinstance(decay, Tensor):
-        decay = decay.to(device, torch.float32)
-    functional.accumulate_squares_(
-        stored, gradients, weight, decay=decay, inverse=None if inverse is None else inverse.to(device)
-    )
-
-
-def _zeros(param: Tensor, device: torch.device) -> Tensor:
-    return torch.zeros(param.shape, dtype=torch.float32, device=device)
-
-
-def _pinned(params: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros in the host's memory, in one block: the allocator rounds every pinned block up to a power of two."""
-    if not any(param.is_cuda for param in params):
-        return [_zeros(param, torch.device("cpu")) for param in params]
-    whole = torch.zeros(sum(param.numel() for param in params), dtype=torch.float32, pin_memory=True)
-    parts = whole.split([param.numel() for param in params])
-    return [part.view(param.shape) for part, param in zip(parts, params, strict=True)]
-
-
-def _by_device(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    found: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        found.setdefault(tensor.device, []).append(tensor)
-    yield from found.values()

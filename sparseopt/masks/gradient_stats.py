@@ -8,8 +8,9 @@ gradients do not: ``kind`` tells them apart. Other files of name -> squares are 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from sparseopt._files import FormatError
@@ -17,7 +18,7 @@ from sparseopt._safetensors import TensorFile, write_tensors
 from sparseopt.masks._pieces import Scores
 from sparseopt.masks.maskset import normalize_name
 
-__all__ = ["KINDS", "GradientScores", "save_gradient_stats"]
+__all__ = ["KINDS", "GradientScores", "save_gradient_stats", "write_gradient_stats"]
 
 FORMAT = "sparseopt.gradient_statistics"
 VERSION = 1
@@ -43,12 +44,20 @@ def save_gradient_stats(
     Raises:
         ValueError: another kind, or a count below 1.
     """
+    specs = {normalize_name(name): (tensor.shape, tensor.dtype) for name, tensor in squares.items()}
+    write_gradient_stats(path, specs, squares.values(), kind, count, **metadata)
+
+
+def write_gradient_stats(
+    path: str | os.PathLike[str], specs: Mapping[str, tuple[Sequence[int], torch.dtype]], squares: Iterable[Tensor],
+    kind: str, count: int, **metadata: str,
+) -> None:  # fmt: skip
+    """:func:`save_gradient_stats` of tensors that are made one after the other: ``specs`` has names, shapes and dtypes."""
     if kind not in ("per_sample", "batch") or count < 1:
         raise ValueError(f"kind must be 'per_sample' or 'batch' and count at least 1, got {kind!r} and {count}.")
     about = {**metadata, "format": FORMAT, "version": str(VERSION), "kind": kind, "count": str(count)}
-    specs = {normalize_name(name): (tensor.shape, tensor.dtype) for name, tensor in squares.items()}
     # One tensor of another device is copied at a time.
-    write_tensors(path, specs, (tensor.detach().cpu() for tensor in squares.values()), about)
+    write_tensors(path, specs, (tensor.detach().cpu() for tensor in squares), about)
 
 
 class GradientScores(Scores):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 import sparseopt as so
 from sparseopt import models
 from sparseopt._files import atomic_write
+from sparseopt.trainers import DeltaLogger, MaskCollector
 from sparseopt.trainers.attachment import sparse_optimizer
 from sparseopt.trainers.callbacks import MetricsFile
 
@@ -70,7 +72,7 @@ def trainer_of(method: str, name: str, folder: Path, options: dict[str, Any]) ->
     }  # fmt: skip
     model, tokenizer = models.load_model(name, "float32"), models.load_tokenizer(name)
     words = [tuple(3 + (7 * i + k) % 50 for k in (1, 5, 11)) for i in range(32)]
-    if method == "dpo":
+    if method in ("dpo", "dense"):
         rows = [{"prompt": f"w{a} w{b}", "chosen": f" w{b} w{a}", "rejected": f" w{c} w{c}"} for a, b, c in words]
         arguments = DPOConfig(**common, max_length=32)
         shard_on_a_cpu()
@@ -87,9 +89,27 @@ def trainer_of(method: str, name: str, folder: Path, options: dict[str, Any]) ->
     return trainer
 
 
+def watch(trainer: Any, folder: Path, resume: str | None) -> None:
+    """The weights of steps 1, 3 and 4, and the accumulated gradients; going on with those of the run that is resumed."""
+    if resume is not None and RANK == 0:
+        for part in ("log", "grad_acc"):
+            shutil.copytree(Path(resume).parent / part, folder / part)
+    PartialState().wait_for_everyone()
+    trainer.add_callback(DeltaLogger(folder / "log", "1,3", final=True))
+    trainer.add_callback(MaskCollector(folder, save_interval=2, tolerance=1e-6))
+
+
 def work(name: str, method: str, folder: Path, resume: str | None, options: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
     trainer = trainer_of(method, name, folder, options)
+    if method != "grpo":
+        watch(trainer, folder, resume)
+    if method == "dense":
+        trainer.train()
+        now = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in trainer.model.named_parameters()}
+        if RANK == 0:
+            torch.save({n: p.detach().clone() for n, p in now.items()}, folder / "weights.pt")
+        return
     start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     drawn = so.MaskSet.random(
         trainer.model, 0.2, seed=3

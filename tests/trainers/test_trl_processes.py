@@ -7,15 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from sparseopt.trainers import DeltaLogger, DynamicSparsity, MaskCollector
+import sparseopt as so
+from sparseopt.deltas.base import open_base
+from sparseopt.trainers import DynamicSparsity
 from sparseopt.trainers.reference import share_reference
 
 KIT = Path(__file__).parents[1] / "kit"
@@ -26,6 +30,7 @@ ENDS = {"generation_kwargs": {"eos_token_id": list(range(2, 22))}, "beta": 0.1}
 JOBS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dpo": ("dpo", {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2},
             {"per_device_train_batch_size": 4}),
+    "dense": ("dense", {"per_device_train_batch_size": 2}, {"per_device_train_batch_size": 4}),
     "precompute": ("dpo", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
                            "precompute_ref_log_probs": True}, {}),
     "grpo": ("grpo", {"per_device_train_batch_size": 4, **ENDS}, {"per_device_train_batch_size": 8, **ENDS}),
@@ -52,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, build_llama: Callable[...,
     shutil.copytree(
         sharded / "grpo", alone / "grpo", ignore=lambda _, names: [n for n in names if "generated" not in n]
     )
-    run([], model, [[JOBS[n][0], str(alone / n), None, JOBS[n][2]] for n in ("dpo", "grpo")])
+    run([], model, [[JOBS[n][0], str(alone / n), None, JOBS[n][2]] for n in ("dpo", "dense", "grpo")])
     return sharded, alone
 
 
@@ -85,9 +90,40 @@ def test_fsdp2_equals_one_process(folders: tuple[Path, Path], name: str) -> None
 
 @pytest.mark.slow
 def test_metrics_are_written_once(folders: tuple[Path, Path]) -> None:
-    for name in JOBS:
+    for name in ("dpo", "precompute", "grpo"):
         lines = (folders[0] / name / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "resumed", "dense"])
+def test_the_log_and_the_accumulations_are_those_of_one_process(folders: tuple[Path, Path], name: str) -> None:
+    """Under SparseAdamW that captures, resumed, and with AdamW, whose gradients accelerate clips."""
+    sharded, alone = folders[0] / name, folders[1] / EQUALS.get(name, name)
+    base, log = open_base(sharded / "log"), so.DeltaLog(sharded / "log")
+    assert log.chain() == [1, 3, 4]
+    state = {key: base.tensor(key).clone() for key in base.names}
+    for step in log.chain():
+        log.load(step).apply_(state)
+    weights = torch.load(sharded / "weights.pt", weights_only=True)
+    assert all(torch.equal(state[key], weights[key]) for key in weights)
+    assert (sharded / "log" / "base.json").read_bytes() == (alone / "log" / "base.json").read_bytes()
+    found, expected = (sorted(path.name for path in (folder / "grad_acc").iterdir()) for folder in (sharded, alone))
+    assert found == expected
+    assert len(found) == 4
+    for step in (2, 4):
+        mine, other = (load_file(f / "grad_acc" / f"grad_ema_step_{step}.safetensors") for f in (sharded, alone))
+        assert mine.keys() == other.keys()
+        for key, value in other.items():
+            torch.testing.assert_close(mine[key], value, rtol=5e-3, atol=1e-9, msg=lambda m, n=key: f"{n}: {m}")
+        masks, whole = (
+            so.MaskSet.load(f / "grad_acc" / f"grad_mask_step_{step}.safetensors") for f in (sharded, alone)
+        )
+        for key in whole.names:
+            differs = masks[key] != whole[key]
+            near = (other[key] - 1e-6).abs() < 1e-8 if key in other else torch.zeros_like(differs)
+            assert not bool((differs & ~near).any()), key
+        assert 0 < masks.active_parameters < masks.total_parameters
 
 
 @pytest.mark.slow
@@ -112,23 +148,14 @@ def test_a_shared_reference_is_refused_under_fsdp() -> None:
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-@pytest.mark.parametrize(
-    "make",
-    [lambda folder: DeltaLogger(folder, "1"), lambda folder: MaskCollector(folder, tolerance=1e-8),
-     lambda folder: DynamicSparsity(sparsity=0.5)],
-    ids=["delta logger", "mask collector", "dynamic sparsity"],
-)  # fmt: skip
 @pytest.mark.parametrize("first", [True, False])
-def test_callbacks_refuse_sharded_weights_on_every_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any], variable: str, first: bool
+def test_dynamic_sparsity_refuses_sharded_weights_on_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, first: bool
 ) -> None:
     """accelerate's configuration is not in the trainer's arguments."""
-    callback, arguments = make(tmp_path / "folder"), TrainingArguments(str(tmp_path), use_cpu=True)
-
-    class State:
-        is_world_process_zero, global_step, max_steps = first, 0, 4
-
+    arguments: Any = TrainingArguments(str(tmp_path), use_cpu=True)
+    state: Any = types.SimpleNamespace(is_world_process_zero=first, global_step=0, max_steps=4)
+    control: Any = None
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=r"sharded .*: train on one GPU or with DDP"):
-        callback.on_train_begin(arguments, State(), None, model=torch.nn.Linear(2, 2))
-    assert not (tmp_path / "folder").exists()
+        DynamicSparsity(sparsity=0.5).on_train_begin(arguments, state, control, model=torch.nn.Linear(2, 2))
