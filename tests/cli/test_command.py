@@ -120,14 +120,14 @@ def test_help_is_quick_and_lean(command: list[str]) -> None:
         start = processor_seconds()
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
         times.append(processor_seconds() - start)
-        if times[-1] < 0.5:
+        if times[-1] < 0.5 or times[-1] < 2.5 * seconds_of_typer():
             break
     assert result.returncode == 0, result.stderr
     assert "HEAVY []" in result.stdout
     if command not in (["train"], ["project"]):
         assert "Example:\n" in result.stdout
         assert "sparseopt " + " ".join(command[:2]) in result.stdout.split("Example:")[1]
-    assert min(times) < 0.5 or min(times) < 2.5 * seconds_of_typer(), (times, seconds_of_typer())
+    assert times[-1] < 0.5 or times[-1] < 2.5 * seconds_of_typer(), (times, seconds_of_typer())
 
 
 @pytest.mark.parametrize(
