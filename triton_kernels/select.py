@@ -35,7 +35,8 @@ __all__ = ["select_entries"]
 CHUNK = 32768  # entries of a program
 BLOCK = 2048  # entries at a time
 SAMPLE = 16  # one entry in so many is looked at first,
-PIECE = CHUNK // SAMPLE**2  # in pieces of so many, one in each part of a chunk
+PIECE = CHUNK // SAMPLE**2  # in pieces of so many, one in each part of a chunk,
+SAMPLED = 1 << 22  # where there are so many entries
 BINS = 16
 HIGHEST = torch.iinfo(torch.int32).max
 
@@ -350,7 +351,7 @@ def select_entries(
     ranges = kept_table(("ranges", CHUNK, sizes), device, lambda: ranges_of(sizes, CHUNK))
     table = kept_table(("masks", sizes), device, lambda: torch.tensor(begins, dtype=torch.int64))
     share = kept_table(("sampled", SAMPLE, sizes), device, lambda: _share_in_sample(sizes))
-    programs, tensors = len(ranges), len(sizes)
+    programs, tensors, sampled = len(ranges), len(sizes), sum(sizes) >= SAMPLED
     rows = torch.empty((programs, BINS), dtype=torch.int32, device=device)
     squares = torch.zeros(programs, device=device)
     key_bits = 24 if random else 15 if found.dtype.itemsize == 2 else 31
@@ -365,11 +366,11 @@ def select_entries(
     # Above the highest key there is none; all are above -1, should more be wanted than there are.
     thresholds = torch.where(nothing, HIGHEST, -1)
 
-    def narrowed(wanted: Tensor, slack: Tensor | None, window: bool) -> None:
+    def narrowed(wanted: Tensor, slack: Tensor | None, window: bool, everything: bool = False) -> None:
         sample = 1 if slack is None else SAMPLE
         _count_kernel[(programs,)](
             found.table, seeds, packed, table, ranges, lowest, shifts, settled, bins, rows, odd, squares,
-            ALL=window and sample == 1, SAMPLE=sample, BLOCK=BLOCK if sample == 1 else CHUNK // SAMPLE, BINS=BINS,
+            ALL=everything, SAMPLE=sample, BLOCK=BLOCK if sample == 1 else CHUNK // SAMPLE, BINS=BINS,
             num_warps=8, **constants,
         )  # fmt: skip
         _narrow_kernel[(tensors,)](
@@ -378,15 +379,15 @@ def select_entries(
         )  # fmt: skip
 
     with torch.cuda.device_of(packed):
-        wanted = (counts * share).round().clamp_(min=1)
-        # A tensor that lies outside of it costs its own entries some launches more, a wider window all of them.
-        slack = (2.5 * wanted.sqrt() + wanted / 256).to(torch.int64)
-        wanted = wanted.to(torch.int64)
-        for _ in range(key_bits // 3):
-            narrowed(wanted, slack, window=True)
-        narrowed(counts, None, window=True)
-        for _ in range(max(_rounds(shift) for shift in range(key_bits - 3))):
-            narrowed(counts, None, window=False)
+        if sampled:
+            guess = (counts * share).round().clamp_(min=1)
+            # A tensor outside of it costs its own entries some launches more, a wider window all of them.
+            slack = (2.5 * guess.sqrt() + guess / 256).to(torch.int64)
+            for _ in range(key_bits // 3):
+                narrowed(guess.to(torch.int64), slack, window=True)
+            narrowed(counts, None, window=True, everything=True)
+        for number in range(max(_rounds(shift) for shift in range(key_bits - 3))):
+            narrowed(counts, None, window=False, everything=number == 0 and not sampled)
         owner, block = ranges[:, 0], ranges[:, 1]
         ties = rows.gather(1, digits[owner][:, None])[:, 0].to(torch.int64)
         before = ties.cumsum(0) - ties

@@ -17,6 +17,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARES = (0.0, 0.3, 1.0)
 
 
+@pytest.fixture(params=[False, True], ids=["whole", "sampled"])
+def sampling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels look at a sample first where there are many entries: here also where there are few."""
+    if request.param:
+        monkeypatch.setattr("sparseopt.triton_kernels.select.SAMPLED", 0)
+
+
 def together(masks: Sequence[Tensor]) -> Tensor:
     begins = _schema.mask_begins([mask.numel() for mask in masks])
     packed = torch.zeros(begins[-1], dtype=torch.uint8)
@@ -98,6 +105,7 @@ def test_many_tensors(
     check(small, masks, share, grow, device, same_bits)
 
 
+@pytest.mark.usefixtures("sampling")
 @pytest.mark.parametrize("grow", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_neighbouring_numbers(
@@ -113,6 +121,7 @@ def test_neighbouring_numbers(
         check([scores], [mask_of(n, 0.4)], share, grow, device, same_bits)
 
 
+@pytest.mark.usefixtures("sampling")
 @pytest.mark.parametrize("grow", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_that_change_along_a_tensor(
