@@ -1,23 +1,23 @@
-"""The top of the command tree."""
+"""The top of the command tree. Only the branch that is asked for is imported and built: building all takes longer than help."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sparseopt._version import __version__
-from sparseopt.cli import bench, deltas, doctor, finetune, masks, plan, project, runs, sweep, train
 from sparseopt.cli._command import Command, example, group
 
-__all__ = ["app", "main"]
+__all__ = ["app", "build", "main"]
 
-app = group(
-    None,
-    help="Train only the weights that matter. Flags are written --like_this or --like-this.",
-    epilog=example("sparseopt train dpo --config configs/quickstart.yaml", "sparseopt doctor"),
-)
+# Modules beside this one: each has a group ``app``, or a command of its own name with an EXAMPLE.
+NAMES = ("doctor", "plan", "train", "finetune", "masks", "deltas", "project", "runs", "sweep", "bench")
+
+app: typer.Typer  # the whole tree, built when it is first looked at
 
 
 def _version(value: bool) -> None:
@@ -26,7 +26,6 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -35,22 +34,36 @@ def _root(
     pass
 
 
-app.command("doctor", cls=Command, epilog=doctor.EXAMPLE)(doctor.doctor)
-app.command("plan", cls=Command, epilog=plan.EXAMPLE)(plan.plan)
-app.add_typer(train.app)
-app.command("finetune", cls=Command, epilog=finetune.EXAMPLE)(finetune.finetune)
-app.add_typer(masks.app)
-app.add_typer(deltas.app)
-app.add_typer(project.app)
-app.add_typer(runs.app)
-app.add_typer(sweep.app)
-app.add_typer(bench.app)
+@functools.cache
+def build(*names: str) -> typer.Typer:
+    """The command tree: the branches of these names, or all."""
+    root = group(
+        None,
+        help="Train only the weights that matter. Flags are written --like_this or --like-this.",
+        epilog=example("sparseopt train dpo --config configs/quickstart.yaml", "sparseopt doctor"),
+    )
+    root.callback()(_root)
+    for name in names or NAMES:
+        module = importlib.import_module(f"sparseopt.cli.{name}")
+        if hasattr(module, "app"):
+            root.add_typer(module.app)
+        else:
+            root.command(name, cls=Command, epilog=module.EXAMPLE)(getattr(module, name))
+    return root
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        return build()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> None:
     """Runs the command line and exits with its code."""
     try:
-        app(prog_name="sparseopt")
+        first = sys.argv[1:2]
+        tree = build(*first) if set(first) <= set(NAMES) else build()
+        tree(prog_name="sparseopt")
     except KeyboardInterrupt:  # before or after a command's own handler
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)

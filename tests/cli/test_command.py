@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import resource
@@ -91,22 +90,9 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-@functools.cache
-def seconds_of_typer() -> float:
-    """What the help of the smallest typer command takes on this machine, as it is now."""
-    code = "import typer; typer.run(lambda: None)"
-    times = []
-    for _ in range(3):
-        start = processor_seconds()
-        subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, timeout=60, check=True)
-        times.append(processor_seconds() - start)
-    return min(times)
-
-
 @pytest.mark.parametrize("command", HELP, ids=" ".join)
 def test_help_is_quick_and_lean(command: list[str]) -> None:
-    """Under 0.5 s, on a slow machine under 2.5 times what typer takes by itself; neither torch nor pandas nor any of their
-    kind is imported for it; an example is in it."""
+    """Under 0.5 s; neither torch nor pandas nor any of their kind is imported for it; an example is in it."""
     code = (
         "import sys, atexit\n"
         "heavy = ('torch', 'numpy', 'pandas', 'transformers', 'trl', 'matplotlib', 'omegaconf', 'triton')\n"
@@ -120,14 +106,14 @@ def test_help_is_quick_and_lean(command: list[str]) -> None:
         start = processor_seconds()
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
         times.append(processor_seconds() - start)
-        if times[-1] < 0.5 or times[-1] < 2.5 * seconds_of_typer():
+        if times[-1] < 0.5:
             break
     assert result.returncode == 0, result.stderr
     assert "HEAVY []" in result.stdout
     if command not in (["train"], ["project"]):
         assert "Example:\n" in result.stdout
         assert "sparseopt " + " ".join(command[:2]) in result.stdout.split("Example:")[1]
-    assert times[-1] < 0.5 or times[-1] < 2.5 * seconds_of_typer(), (times, seconds_of_typer())
+    assert min(times) < 0.5, times
 
 
 @pytest.mark.parametrize(
