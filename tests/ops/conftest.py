@@ -7,6 +7,7 @@ CUDA tensors (marker `gpu`) it is Triton, compiled.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,27 @@ CPU_BACKEND = os.environ.get("SPARSEOPT_BACKEND") or "cpp"
 INTERPRETED = CPU_BACKEND == "triton"
 
 RESIDUAL_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patched_once() -> None:
+    """The interpreter patches Triton's language at each call of a device function, a third of its time: here once."""
+    if not INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, done = interpreter._patch_lang, set()
+
+    def once(function: Callable) -> object:
+        names = function.__globals__.values()
+        languages = frozenset(value.__name__ for value in names if inspect.ismodule(value) and value in (tl, tl.core))
+        if languages not in done:
+            done.add(languages)
+            patch(function)  # for good: only what it returns can undo it
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = once
 
 
 @pytest.fixture(
