@@ -30,7 +30,8 @@ from sparseopt._background import Background
 from sparseopt._files import atomic_write
 from sparseopt.benchmarks.interleaved import environment
 from sparseopt.benchmarks.train_results import commit
-from sparseopt.progress import Progress, announce_device
+from sparseopt.benchmarks.train_settings import device_of, positive, share
+from sparseopt.progress import Progress
 from sparseopt.shapes import SHAPES, build_shape
 
 __all__ = ["main", "measure"]
@@ -232,18 +233,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sparseopt.benchmarks.collector", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=sorted(SHAPES))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--sequence", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--sequence", type=positive, default=1024)
+    parser.add_argument("--rounds", type=positive, default=40)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--density", type=float, default=0.025)
-    parser.add_argument("--mask_density", type=float, default=0.025)
-    parser.add_argument("--mask_interval", type=int, default=1000)
+    parser.add_argument("--density", type=share, default=0.025)
+    parser.add_argument("--mask_density", type=share, default=0.025)
+    parser.add_argument("--mask_interval", type=positive, default=1000)
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path)
     given = vars(parser.parse_args(arguments))
-    device, output, arms = announce_device(given.pop("device")), given.pop("output"), given.pop("arms")
+    device, output, arms = device_of(given.pop("device"), parser), given.pop("output"), given.pop("arms")
     given["dtype"] = getattr(torch, given["dtype"])
     results = [
         measure(given["shape"], device, arm=arm, **{k: v for k, v in given.items() if k != "shape"}) for arm in arms

@@ -39,6 +39,7 @@ from sparseopt._files import atomic_write
 from sparseopt.benchmarks import package_texts, train_results
 from sparseopt.benchmarks.dynamic_report import summary, write_report
 from sparseopt.benchmarks.run_book import Row, RunBook, add_arguments, exit_code, key_of, read_rows, today
+from sparseopt.benchmarks.train_settings import positive
 from sparseopt.masks.apply import zero_inactive
 from sparseopt.optim.dynamic.engine import DynamicSparsity
 from sparseopt.progress import announce_device
@@ -349,12 +350,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="one: no grid")
     parser.add_argument("--grid_seed", type=int, default=0)
-    parser.add_argument("--grid_steps", type=int, default=200, help="of a run that chooses the rate (%(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of a run (%(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="windows a step (%(default)s)")
-    parser.add_argument("--seq", type=int, default=512, help="tokens of a window (%(default)s)")
+    parser.add_argument("--grid_steps", type=positive, default=200, help="of a run that chooses the rate (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=600, help="optimizer steps of a run (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=8, help="windows a step (%(default)s)")
+    parser.add_argument("--seq", type=positive, default=512, help="tokens of a window (%(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.8)
-    parser.add_argument("--interval", type=int, default=50, help="steps between mask updates (%(default)s)")
+    parser.add_argument("--interval", type=positive, default=50, help="steps between mask updates (%(default)s)")
     parser.add_argument(
         "--fractions",
         nargs="+",
@@ -366,8 +367,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--initial", default="magnitude", choices=("magnitude", "random"), help="first masks (%(default)s)"
     )
-    parser.add_argument("--evaluate_every", type=int, default=100)
-    parser.add_argument("--evaluation_windows", type=int, default=96)
+    parser.add_argument("--evaluate_every", type=positive, default=100)
+    parser.add_argument("--evaluation_windows", type=positive, default=96)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="auto")
     add_arguments(parser)

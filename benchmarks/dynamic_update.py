@@ -24,10 +24,11 @@ import torch
 import sparseopt as so
 from sparseopt._files import atomic_write
 from sparseopt.benchmarks import train_results, train_work
+from sparseopt.benchmarks.train_settings import device_of, positive
 from sparseopt.optim import remapping
 from sparseopt.optim.dynamic.engine import DynamicSparsity
 from sparseopt.optim.plan_on_device import build_on_device
-from sparseopt.progress import Progress, announce_device
+from sparseopt.progress import Progress
 from sparseopt.shapes import SHAPES, build_shape
 
 __all__ = ["main", "measure"]
@@ -201,15 +202,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", default="llama-3.2-1b", choices=sorted(SHAPES))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--policies", nargs="+", default=["rigl"], choices=("rigl", "set"))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--updates", type=int, default=5, help="timed updates (%(default)s)")
-    parser.add_argument("--ordinary", type=int, default=8, help="ordinary steps before each (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--seq", type=positive, default=512)
+    parser.add_argument("--updates", type=positive, default=5, help="timed updates (%(default)s)")
+    parser.add_argument("--ordinary", type=positive, default=8, help="ordinary steps before each (%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="recorded where the source is not a git checkout")
     options = parser.parse_args(arguments)
-    device = announce_device(options.device)
+    device = device_of(options.device, parser)
     results: list[dict[str, Any]] = []
     try:
         for target in options.targets:

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 import sparseopt as so
 from sparseopt._files import atomic_write
 from sparseopt.benchmarks import report, train_results
-from sparseopt.progress import Progress, announce_device
+from sparseopt.benchmarks.train_settings import device_of
+from sparseopt.progress import Progress
 
 __all__ = ["ARMS", "BARS", "main", "measure"]
 
@@ -290,7 +291,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparseop
         parser(prog).error("give --shape or --model")
     if "sparseopt" not in options.arms or "plain" not in options.arms:
         parser(prog).error("--arms must hold plain and sparseopt")
-    device = announce_device(options.device)
+    device = device_of(options.device, parser(prog))
     from sparseopt import models
     from sparseopt.shapes import build_shape
 

@@ -35,7 +35,8 @@ import sparseopt as so
 from sparseopt._files import atomic_write
 from sparseopt.benchmarks import train_results
 from sparseopt.benchmarks.projection import WARM_UP, check
-from sparseopt.progress import Progress, announce_device
+from sparseopt.benchmarks.train_settings import device_of
+from sparseopt.progress import Progress
 from sparseopt.projection.graph import GraphedProjection
 
 __all__ = ["gram_errors", "main", "measure"]
@@ -245,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peers = [name for name in PEERS if name in installed()]
     if not peers:
         raise SystemExit("neither dattri nor bergson is installed: there is no peer (pip install dattri bergson).")
-    device, dtype = announce_device(options.device), getattr(torch, options.dtype)
+    device, dtype = device_of(options.device, parser), getattr(torch, options.dtype)
     from sparseopt import models
     from sparseopt.shapes import build_shape
 

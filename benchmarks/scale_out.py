@@ -1,13 +1,13 @@
 """Several processes, one a GPU: bytes reduced per step, step time and memory of SparseAdamW against dense AdamW.
 
-torchrun --nproc-per-node=2 -m sparseopt.benchmarks.scale_out --shape llama-3.2-3b --output FOLDER
+    torchrun --nproc-per-node=2 -m sparseopt.benchmarks.scale_out --shape llama-3.2-3b --output FOLDER
 
 Arms: DDP and FSDP2 (``fully_shard``, one group a decoder layer) with torch's fused AdamW, and each with SparseAdamW; under DDP
 its compact gradients are averaged in fp32 or in bf16 ("fsdp2 sparse offloaded" keeps weights and state in the host's
-memory). Random weights and tokens. Bytes are those that torch's profiler reads
-off the collectives of one step of rank 0: what all-reduce and reduce-scatter are given, what all-gather gives. Before anything
-is timed, SparseAdamW must give the same weights captured under DDP, captured under FSDP2 (also where the last step is resumed
-from a checkpoint of torch.distributed.checkpoint), and masked from DDP's dense gradients, over two micro-batches a step.
+memory). Random weights and tokens. Bytes are those that torch's profiler reads off the collectives of one step of rank 0: what
+all-reduce and reduce-scatter are given, what all-gather gives. Before anything is timed, SparseAdamW must give the same weights
+captured under DDP, captured under FSDP2 (also where the last step is resumed from a checkpoint of torch.distributed.checkpoint),
+and masked from DDP's dense gradients, over two micro-batches a step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 import sparseopt as so
 from sparseopt._files import atomic_write
 from sparseopt.benchmarks import train_results
-from sparseopt.shapes import build_shape
+from sparseopt.benchmarks.train_settings import positive, share
+from sparseopt.shapes import SHAPES, build_shape
 
 __all__ = ["main", "measure", "traffic"]
 
@@ -43,6 +44,7 @@ ITEM = {
     "unsigned char": 1, "Byte": 1, "long int": 8, "Long": 8, "int": 4, "Int": 4, "bool": 1, "Bool": 1,
 }  # fmt: skip
 ARMS = ("ddp dense", "ddp sparse fp32", "ddp sparse bf16", "fsdp2 dense", "fsdp2 sparse")
+OFFLOADED = "fsdp2 sparse offloaded"
 
 
 # ---- models and optimizers -----------------------------------------------------------------------------------------------
@@ -266,16 +268,24 @@ def check(device: torch.device) -> float:
 
 # ---- the command ---------------------------------------------------------------------------------------------------------
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scale_out", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="llama-3.2-3b")
-    parser.add_argument("--density", type=float, default=0.025)
-    parser.add_argument("--batch", type=int, default=1, help="sequences a process")
-    parser.add_argument("--seq", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps an arm")
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser = argparse.ArgumentParser(
+        prog="torchrun --nproc-per-node=2 -m sparseopt.benchmarks.scale_out", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--shape", default="llama-3.2-3b", choices=sorted(SHAPES))
+    parser.add_argument("--density", type=share, default=0.025, help="share of entries that train (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=1, help="sequences a process (%(default)s)")
+    parser.add_argument("--seq", type=positive, default=1024, help="tokens of a sequence (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=10, help="timed steps an arm (%(default)s)")
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join((*ARMS, OFFLOADED))} (all but the last)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--output", type=Path, default=Path("build/scale_out"))
+    parser.add_argument("--output", type=Path, default=Path("build/scale_out"), metavar="FOLDER")
     options = parser.parse_args(arguments)
+    unknown = [arm for arm in options.arms.split(",") if arm not in (*ARMS, OFFLOADED)]
+    if unknown:
+        parser.error(f"argument --arms: unknown arm {unknown[0]!r} (choose from {', '.join((*ARMS, OFFLOADED))})")
+    if "RANK" not in os.environ:
+        parser.error("this runs in several processes: start it as above, with torchrun.")
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:

@@ -8,12 +8,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparseopt.models import sanitize_name
 from sparseopt.shapes import get_shape
 
-__all__ = ["MASK_ARM", "Arm", "Settings", "parse", "parse_arms", "parse_density"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MASK_ARM", "Arm", "Settings", "device_of", "parse", "parse_arms", "parse_density", "positive", "share"]
 
 WORKLOADS = {
     "lm": "Next-token loss.",
@@ -207,17 +210,37 @@ def _base(name: str) -> str:
     return Path(name).resolve().name if os.path.exists(name) or os.path.isabs(name) else name
 
 
+def positive(text: str) -> int:
+    """An option's value: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """An option's value: a density, as :func:`parse_density` reads it."""
+    try:
+        return parse_density(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def device_of(name: str, parser: argparse.ArgumentParser) -> torch.device:
+    """The device of an option, said on stderr; a bad one ends the program with code 2."""
+    from sparseopt.progress import announce_device
+
+    try:
+        return announce_device(name)
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def parse(arguments: Sequence[str] | None = None, prog: str | None = None) -> tuple[Settings, argparse.Namespace]:
     """Settings and the options of output; bad usage ends the program, called ``prog`` in the message, with code 2."""
     parser = argparse.ArgumentParser(
         prog=prog or "python -m sparseopt.benchmarks.train_step",
         description="Whole training steps in time and memory: dense AdamW, LoRA, 8-bit AdamW, sparse AdamW.",
     )
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-        return int(text)
 
     parser.add_argument("--workload", choices=WORKLOADS, default="lm", help="the loss (%(default)s)")
     source = parser.add_mutually_exclusive_group()
