@@ -41,7 +41,7 @@ from sparseopt.trainers import lm_checkpoints, lm_data, lm_model, lm_settings, p
 from sparseopt.trainers.attachment import attach
 from sparseopt.trainers.bookkeeping import tracking
 from sparseopt.trainers.callbacks import InterruptGuard, MetricsFile, TrainProgress
-from sparseopt.trainers.lm_trainer import Flow, Layout, LmTrainer, barrier, broadcast
+from sparseopt.trainers.lm_trainer import Flow, Layout, LmTrainer, barrier
 
 __all__ = ["train"]
 
@@ -83,7 +83,7 @@ class LmRun:
         self.states = None if checkpoint is None else lm_checkpoints.states_of(Path(checkpoint).expanduser())
         self.masks = self._masks()
         self.deepspeed = lm_settings.deepspeed_of(given.get("deepspeed"), settings)
-        self.resumed = None if resume is None else self._resumable(resume)
+        self.resume = resume
         training = settings["training"]
         self.micro, pieces = lm_settings.split_batch(training["batch_size"], training["max_gpu_batch_size"])
         self.accumulation = pieces * training["gradient_accumulation_steps"]
@@ -96,7 +96,7 @@ class LmRun:
             device = announce_device(self.settings["training"]["device"])
         arguments = self._arguments(device)
         with contextlib.ExitStack() as stack:
-            run_id = broadcast(self._begin(stack) if self.first else None)
+            run_id = self._begun(stack)
             self.folder = self.manager.base_dir / run_id
             arguments.output_dir = str(self.folder)
             try:
@@ -107,15 +107,29 @@ class LmRun:
         return self.folder
 
     # ---- the books -----------------------------------------------------------------------------------------------------
+    def _begun(self, stack: contextlib.ExitStack) -> str:
+        """The run's id, on every process. What the first one cannot begin, none does: the others would wait for it."""
+        told: tuple[str, ValueError | OSError | None] = "", None
+        if self.first:
+            try:
+                told = self._begin(stack), None
+            except (ValueError, OSError) as error:
+                told = "", error
+        run_id, error = processes.told_by_first(told)
+        if error is not None:
+            raise error
+        return run_id
+
     def _begin(self, stack: contextlib.ExitStack) -> str:
         """Registers the run, and books its end; only the first process does."""
         manager, swept = self.manager, os.environ.get(RUN_ID_VARIABLE)
-        run_id = self.resumed or manager.setup_run(self.given)
+        # The others must not look: for them it runs already.
+        run_id = manager.setup_run(self.given) if self.resume is None else self._resumable(self.resume)
         folder = manager.base_dir / run_id
         # A sweep's worker holds this lock for us.
         if run_id != swept and not stack.enter_context(worker_lock(folder, 1.0)):
             raise ValueError(f"Another process works on the run {run_id}.")
-        if self.resumed:
+        if self.resume is not None:
             manager.register_run(run_id, self.given)
         stack.enter_context(self._booked(run_id))
         clear_leftovers(folder)

@@ -21,6 +21,7 @@ from sparseopt._files import atomic_folder
 from sparseopt.trainers import lm_checkpoints
 from sparseopt.trainers.callbacks import InterruptGuard
 from sparseopt.trainers.lm_checkpoints import STATES
+from sparseopt.trainers.processes import told_by_first
 
 __all__ = ["Flow", "Layout", "LmTrainer", "barrier", "shared"]
 
@@ -235,26 +236,17 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast(value: Any) -> Any:
-    """The first process's value, in every process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 @contextlib.contextmanager
 def shared(target: Path, writes: bool) -> Iterator[Path]:
     """A folder that appears under its name when all processes have written into it; one that is there gives way."""
     if not writes:
-        path = Path(broadcast(None))
+        path = Path(told_by_first(None))
         yield path
         barrier()
         barrier()
         return
     with atomic_folder(target, replace=True) as folder:
-        broadcast(os.fspath(folder))
+        told_by_first(os.fspath(folder))
         yield folder
         barrier()
     barrier()

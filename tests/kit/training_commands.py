@@ -6,8 +6,11 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from torch import distributed as dist
 
 from sparseopt.cli import main
 from sparseopt.trainers.callbacks import InterruptGuard
@@ -27,6 +30,8 @@ def command(words: list[str], interrupted_at: int) -> Any:
         agree(guard, device)
 
     InterruptGuard.agree = counting  # type: ignore[method-assign]
+    if RANK and "--resume" in words:
+        time.sleep(1)  # the first process is ahead: what it has begun by then must not stop the others
     try:
         sys.argv = ["sparseopt", *words]
         main()
@@ -34,6 +39,8 @@ def command(words: list[str], interrupted_at: int) -> Any:
         return end.code
     finally:
         InterruptGuard.agree = agree  # type: ignore[method-assign]
+        if dist.is_initialized():  # a launcher starts no command before the one before has ended on all processes
+            dist.barrier()
     return 0
 
 
@@ -41,3 +48,5 @@ if __name__ == "__main__":
     folder, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
     codes = [command(words, interrupted_at) for words, interrupted_at in commands]
     Path(folder, f"codes_{RANK}.json").write_text(json.dumps(codes))
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.state import DistributedType, PartialState
 from datasets import Dataset
+from torch import distributed as dist
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 import sparseopt as so
@@ -136,3 +137,6 @@ def work(name: str, method: str, folder: Path, resume: str | None, options: dict
 if __name__ == "__main__":
     for method, folder, resume, options in json.loads(sys.argv[2]):
         work(sys.argv[1], method, Path(folder), resume, options)
+    if dist.is_initialized():  # one that ends while another still gathers aborts, and takes the connection along
+        dist.barrier()
+        dist.destroy_process_group()

@@ -119,6 +119,7 @@ def done(base: Path) -> tuple[list[list[int]], subprocess.CompletedProcess[str]]
     commands += [
         [["train", "dpo", "--set", *dense_dpo(base, f"dpo_{length}", length), "--json"], 0] for length in (32, 5)
     ]
+    commands.append([words(base, "lm", "lm_straight", "--resume", "2"), 0])  # it is finished
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CPU), "--main_process_port", "0"]
     script = [str(KIT / "training_commands.py"), str(base), json.dumps(commands)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -145,9 +146,10 @@ def outcome(base: Path, name: str) -> bytes:
 @pytest.mark.slow
 def test_exit_codes_and_what_is_printed(done: Any) -> None:
     codes, finished = done
-    assert codes == [[*[0, 130, 0] * len(METHODS), 0, 0, 0]] * 2, finished.stderr[-4000:]
+    assert codes == [[*[0, 130, 0] * len(METHODS), 0, 0, 0, 1]] * 2, finished.stderr[-4000:]
     assert finished.stdout.count('"output_dir"') == 2 * len(METHODS) + 3
-    assert finished.stderr.count("Device: ") == 3 * len(METHODS) + 3
+    assert finished.stderr.count("Device: ") == 3 * len(METHODS) + 4
+    assert "is finished; run.checkpoint goes on from its final_checkpoint." in finished.stderr
     assert finished.stderr.count("Training 1,756 of") == 3 * 2
 
 
