@@ -115,9 +115,9 @@ class LmRun:
                 told = self._begin(stack), None
             except (ValueError, OSError) as error:
                 told = "", error
-        run_id, error = processes.told_by_first(told)
-        if error is not None:
-            raise error
+        run_id, refusal = processes.told_by_first(told)
+        if refusal is not None:
+            raise refusal
         return run_id
 
     def _begin(self, stack: contextlib.ExitStack) -> str:

@@ -240,7 +240,7 @@ def barrier() -> None:
 def shared(target: Path, writes: bool) -> Iterator[Path]:
     """A folder that appears under its name when all processes have written into it; one that is there gives way."""
     if not writes:
-        path = Path(told_by_first(None))
+        path = Path(told_by_first(""))
         yield path
         barrier()
         barrier()
